@@ -1,0 +1,1 @@
+"""fgattn_jax: fine-grained sparse attention for JAX."""

@@ -1,0 +1,30 @@
+"""Bits of a mask: packing booleans into 32-bit words and back (docs/mask_format.md)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt32
+
+WORD_BITS = 32
+ROW_ALIGN_WORDS = 4  # a row of words is a multiple of 16 bytes, so that kernels load it in 16-byte pieces
+
+
+def num_words(num_keys: int) -> int:
+    """Words per row for `num_keys` keys, rounded up to a multiple of 16 bytes."""
+    words = -(-num_keys // WORD_BITS)
+    return -(-words // ROW_ALIGN_WORDS) * ROW_ALIGN_WORDS
+
+
+def pack_rows(rows: Bool[Array, "... S"]) -> UInt32[Array, "... W"]:
+    """Pack booleans over keys into words, little bit first; bits past `S` are zero."""
+    num_keys = rows.shape[-1]
+    words = num_words(num_keys)
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, words * WORD_BITS - num_keys)]
+    bits = jnp.pad(rows, padding).reshape(*rows.shape[:-1], words, WORD_BITS)
+    weights = jnp.left_shift(jnp.uint32(1), jnp.arange(WORD_BITS, dtype=jnp.uint32))
+    return jnp.sum(jnp.where(bits, weights, jnp.uint32(0)), axis=-1, dtype=jnp.uint32)
+
+
+def unpack_words(words: UInt32[Array, "... W"], num_keys: int) -> Bool[Array, "... S"]:
+    """Unpack words into booleans over the first `num_keys` keys."""
+    shifts = jnp.arange(WORD_BITS, dtype=jnp.uint32)
+    bits = jnp.right_shift(words[..., None], shifts) & jnp.uint32(1)
+    return (bits != 0).reshape(*words.shape[:-1], -1)[..., :num_keys]
