@@ -1,7 +1,9 @@
 """Bits of a mask: packing booleans into 32-bit words and back (docs/mask_format.md)."""
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, UInt32
+import numpy as np
+from jaxtyping import Array, Bool, Int32, UInt32
 
 WORD_BITS = 32
 ROW_ALIGN_WORDS = 4  # a row of words is a multiple of 16 bytes, so that kernels load it in 16-byte pieces
@@ -11,6 +13,13 @@ def num_words(num_keys: int) -> int:
     """Words per row for `num_keys` keys, rounded up to a multiple of 16 bytes."""
     words = -(-num_keys // WORD_BITS)
     return -(-words // ROW_ALIGN_WORDS) * ROW_ALIGN_WORDS
+
+
+def full_words(num_keys: int) -> np.ndarray:
+    """The `uint32[W]` words of a row that keeps every key: ones below `num_keys`, zeros in the padding."""
+    first_key = np.arange(num_words(num_keys), dtype=np.int64) * WORD_BITS
+    used = np.clip(num_keys - first_key, 0, WORD_BITS).astype(np.uint64)
+    return ((np.uint64(1) << used) - np.uint64(1)).astype(np.uint32)
 
 
 def pack_rows(rows: Bool[Array, "... S"]) -> UInt32[Array, "... W"]:
@@ -28,3 +37,8 @@ def unpack_words(words: UInt32[Array, "... W"], num_keys: int) -> Bool[Array, ".
     shifts = jnp.arange(WORD_BITS, dtype=jnp.uint32)
     bits = jnp.right_shift(words[..., None], shifts) & jnp.uint32(1)
     return (bits != 0).reshape(*words.shape[:-1], -1)[..., :num_keys]
+
+
+def count_bits(words: UInt32[Array, "... W"]) -> Int32[Array, "..."]:
+    """Number of set bits per row of words."""
+    return jnp.sum(jax.lax.population_count(words), axis=-1, dtype=jnp.int32)
