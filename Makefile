@@ -1,0 +1,51 @@
+# `make` alone explains. Set-up happens by itself, once, in .venv-<version> inside this folder (scripts/venv.sh).
+# A GPU is used where there is one.
+
+ARGS ?=
+WORKERS ?= 2
+export PYTHON PINS
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format study bench clean
+
+help:
+	@echo "fgattn_jax: fine-grained sparse attention for JAX"
+	@echo
+	@echo "  make demo     denoise a clip twice, dense and with cached slice masks; pictures and a table of figures"
+	@echo "  make test     the whole suite, but for tests that take long;    ARGS='-k masks -x'"
+	@echo "  make test-slow  the tests that take long"
+	@echo "  make lint     formatting, lint, types, import rules;            make format repairs what can be repaired"
+	@echo "  make study    make docs/study.md anew from data rows;           ARGS='--help'"
+	@echo "  make bench    measure attention on this machine;                ARGS='--help'"
+	@echo "  make clean    remove environments, caches and outputs of these commands"
+	@echo
+	@echo "The first command makes a virtual environment with the newest Python found (3.13, 3.12 or 3.11); later ones"
+	@echo "start at once. Choose another:  make demo PYTHON=/path/to/python3.12"
+	@echo "ARGS go to the command:         make demo ARGS='--steps 20 --output demo_output'"
+
+demo:
+	@venv=$$(sh scripts/venv.sh demo) && "$$venv/bin/fgattn" demo $(ARGS)
+
+test:
+	@venv=$$(sh scripts/venv.sh test,demo) && "$$venv/bin/python" -m pytest -n $(WORKERS) $(ARGS)
+
+test-slow:
+	@venv=$$(sh scripts/venv.sh test,demo) && "$$venv/bin/python" -m pytest -n $(WORKERS) -m slow $(ARGS)
+
+lint:
+	@venv=$$(sh scripts/venv.sh test,demo,dev) && set -x && \
+	"$$venv/bin/ruff" format --check && "$$venv/bin/ruff" check && \
+	"$$venv/bin/lint-imports" && "$$venv/bin/pyright" --pythonpath "$$venv/bin/python"
+
+format:
+	@venv=$$(sh scripts/venv.sh test,demo,dev) && "$$venv/bin/ruff" format && "$$venv/bin/ruff" check --fix
+
+study:
+	@venv=$$(sh scripts/venv.sh demo) && "$$venv/bin/fgattn" study $(ARGS)
+
+bench:
+	@venv=$$(sh scripts/venv.sh demo) && "$$venv/bin/fgattn" bench $(ARGS)
+
+clean:
+	rm -rf .venv-3.* build dist demo_output .pytest_cache .ruff_cache
+	find fgattn_jax pallas_kernels xla_ffi models tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
