@@ -44,7 +44,7 @@ for version in "$@"; do
 '
     for python in $(candidates "$version"); do
         if works "$python" "$version"; then
-            echo "$python"
+            "$python" -I -c 'import sys; print(sys.executable)' # a pyenv shim answers with the interpreter itself
             exit 0
         fi
         case "$seen" in

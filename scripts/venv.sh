@@ -40,7 +40,7 @@ if [ ! -x "$venv/bin/python" ]; then
     echo "Making $venv with $python ..." >&2
     "$python" -m venv "$venv" >&2
 fi
-echo "Installing fgattn_jax[$extras] ${PINS:-}into $venv (a minute or two the first time) ..." >&2
+echo "Installing fgattn_jax[$extras] ${PINS:+with $PINS }into $venv (a minute or two the first time) ..." >&2
 # PINS is a list of words.
 # shellcheck disable=SC2086
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]" ${PINS:-} >&2
