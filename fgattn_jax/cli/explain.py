@@ -105,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(
                 f"mask: {args.query_block} queries per slice, density {density:.3g}, "
-                f"{facts['kept_slices']:,} slices kept, {facts['mask_bytes'] / 1e6:.3g} MB of bits, {facts['tflop']:.3g} TFLOP instead of {dense_tflop:.3g}"
+                f"{facts['kept_slices']:,} slices kept, {facts['mask_bytes'] / 1e6:.3g} MB of bits, "
+                f"{facts['tflop']:.3g} TFLOP instead of {dense_tflop:.3g}"
             )
         print(f"platform: {facts['platform']}\n")
         print(explanation)
