@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import jax
 import numpy as np
+from jax import core
 
 from fgattn_jax.masks._bits import WORD_BITS, full_words, num_words
 from fgattn_jax.types import QUERY_BLOCKS
@@ -16,7 +16,7 @@ def is_array(leaf: Any) -> bool:
 
 def is_concrete(*arrays: Any) -> bool:
     """Whether the values of all `arrays` can be read now, that is: none of them is traced."""
-    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+    return not any(isinstance(array, core.Tracer) for array in arrays)
 
 
 def check_sizes(query_block: int, num_queries: int, num_keys: int) -> None:

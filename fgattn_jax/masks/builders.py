@@ -122,7 +122,8 @@ def from_dense(
             *front, row, key = (int(i) for i in differs[0])
             raise ValueError(
                 f"expected the {query_block} queries of every row to keep the same keys, got key={key} kept by only "
-                f'some queries of row={row} (batch and head {front}); use mixed="keep" or "skip", or another `query_order`'
+                f'some queries of row={row} (batch and head {front}); use mixed="keep" or "skip", or another '
+                "`query_order`"
             )
     return from_rows(rows, query_block=query_block, num_queries=num_queries, query_order=order)
 
