@@ -1,0 +1,180 @@
+"""Selection of the best keys of every row, exact and without a sort.
+
+Non-negative floats order as their bit patterns do, so the score of the last kept key is found by bisection over
+integers: at most 31 passes over the block, each a compare and a sum. (A sort of `S` keys per row costs XLA's CPU
+backend about as much as the attention itself.)
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32
+
+from fgattn_jax.predictors.budget import Budget
+
+_SIGN = np.int32(0x7FFFFFFF)
+_LARGEST = np.int32(0x7FFFFFFE)  # one below the largest int32: the upper end of a bracket is one more
+
+
+def select(scores: Float32[Array, "R S"], budget: Budget, floor: Int32[Array, ""] | None = None) -> Bool[Array, "R S"]:
+    """The keys that every row keeps.
+
+    Args:
+        scores: Non-negative; NaN ranks first.
+        budget: The rule, resolved (`has_rule`).
+        floor: The least number of keys of these rows, on top of `budget.min_keys` (the per-head floor).
+
+    Returns:
+        True where a key is kept.
+    """
+    if budget.threshold is not None and budget.min_keys <= 1 and budget.max_keys is None and floor is None:
+        kept = above_threshold(scores, budget)
+        if budget.min_keys == 1:
+            kept = kept | _first_best(scores, kept)
+    else:
+        patterns = _patterns(scores)
+        counts, lower = _rule_counts(scores, patterns, budget)
+        kept = _best(patterns, _final_counts(counts, budget, scores.shape[-1], floor), lower)
+    return _with_kept_keys(kept, budget)
+
+
+def rule_counts(scores: Float32[Array, "R S"], budget: Budget) -> Int32[Array, " R"]:
+    """`max(rule, min_keys)` of every row: what the per-head floor is the mean of."""
+    counts, _ = _rule_counts(scores, _patterns(scores), budget)
+    return jnp.maximum(counts, budget.min_keys)
+
+
+def above_threshold(scores: Float32[Array, "R S"], budget: Budget) -> Bool[Array, "R S"]:
+    """True where a score is greater than the threshold, or NaN."""
+    return ~(scores <= jnp.float32(budget.threshold))
+
+
+def _final_counts(counts, budget, num_keys, floor):
+    counts = jnp.maximum(counts, budget.min_keys)
+    if floor is not None:
+        counts = jnp.maximum(counts, floor)
+    return jnp.minimum(counts, num_keys if budget.max_keys is None else min(budget.max_keys, num_keys))
+
+
+def _with_kept_keys(kept, budget):
+    keys = budget.kept_keys(kept.shape[-1])
+    if not keys:
+        return kept
+    always = np.zeros(kept.shape[-1], bool)
+    always[list(keys)] = True
+    return kept | always
+
+
+def _first_best(scores, kept):
+    """One-hot of the first largest score, in rows that kept nothing."""
+    best = jnp.max(scores, axis=-1, keepdims=True)
+    keys = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    first = jnp.min(jnp.where(scores == best, keys, scores.shape[-1]), axis=-1, keepdims=True)
+    return (keys == first) & ~jnp.any(kept, axis=-1, keepdims=True)
+
+
+def _patterns(scores) -> Int32[Array, "R S"]:
+    """Bit patterns of non-negative floats: int32 in the same order, NaN last."""
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32) & _SIGN
+    return jnp.minimum(bits, _LARGEST)
+
+
+def _rule_counts(scores, patterns, budget):
+    """Keys per row by the rule alone, and a pattern that at least that many keys of the row reach."""
+    lowest = jnp.zeros(scores.shape[:1], jnp.int32)
+    if budget.top_k is not None:
+        return jnp.full_like(lowest, budget.top_k), lowest
+    if budget.threshold is not None:
+        counts = jnp.sum(above_threshold(scores, budget), axis=-1, dtype=jnp.int32)
+        # Every pattern above the threshold's is reached by exactly these keys.
+        return counts, jnp.full_like(lowest, np.float32(budget.threshold).view(np.int32) + 1)
+    return _share_counts(scores, patterns, budget.top_p)
+
+
+def _share_counts(scores, patterns, top_p):
+    """The least number of best keys whose scores sum to `top_p` of the row, and the pattern of the last of them."""
+
+    def mass(pivot):
+        return jnp.sum(jnp.where(patterns >= pivot[:, None], scores, 0.0), axis=-1)
+
+    def count(pivot):
+        return jnp.sum(patterns >= pivot[:, None], axis=-1, dtype=jnp.int32)
+
+    # Float addition of non-negative numbers in one fixed order is monotone, so `mass` is, and bisection is exact.
+    total = mass(jnp.zeros(patterns.shape[:1], jnp.int32))
+    target = total * jnp.float32(top_p)
+    lower = jnp.zeros_like(patterns[:, 0])
+    upper = jnp.max(patterns, axis=-1) + 1
+
+    def unfinished(state):
+        lower, upper = state
+        return jnp.any(upper - lower > 1)
+
+    def halve(state):
+        lower, upper = state
+        middle = lower + (upper - lower) // 2
+        enough = mass(middle) >= target
+        return jnp.where(enough, middle, lower), jnp.where(enough, upper, middle)
+
+    lower, upper = jax.lax.while_loop(unfinished, halve, (lower, upper))
+    above, reached = count(upper), count(lower)
+    last = jax.lax.bitcast_convert_type(lower, jnp.float32)
+    # Of the keys that tie at `last`, as many as are missing; at least one, since `above` alone is not enough.
+    missing = jnp.ceil((target - mass(upper)) / jnp.where(last > 0, last, 1.0))
+    missing = jnp.clip(missing, 1, (reached - above).astype(jnp.float32)).astype(jnp.int32)
+    counts = jnp.where(jnp.isfinite(total), above + missing, scores.shape[-1])
+    counts = jnp.where(total == 0, 0, counts)
+    return counts, jnp.where(counts <= reached, lower, 0)
+
+
+def _best(patterns, counts, lower):
+    """The best `counts` keys of every row, the lower key first among equals; `lower` is a guess at the last pattern."""
+
+    def reached(pivot):
+        return jnp.sum(patterns >= pivot[:, None], axis=-1, dtype=jnp.int32)
+
+    lower = jnp.where(reached(lower) >= counts, lower, 0)
+    upper = jnp.max(patterns, axis=-1) + 1
+    lower = jnp.where(counts > 0, lower, upper)
+
+    def unfinished(state):
+        lower, upper, number = state
+        return jnp.any((number != counts) & (upper - lower > 1))
+
+    def halve(state):
+        lower, upper, number = state
+        middle = jnp.where(number == counts, lower, lower + (upper - lower) // 2)
+        found = reached(middle)
+        enough = found >= counts
+        return jnp.where(enough, middle, lower), jnp.where(enough, upper, middle), jnp.where(enough, found, number)
+
+    lower, _, number = jax.lax.while_loop(unfinished, halve, (lower, upper, reached(lower)))
+    return _first_of_equals(patterns, counts, lower, number)
+
+
+def _first_of_equals(patterns, counts, last, number):
+    """Keys at or above `last` (`number` of them), less the highest-index ones at `last` beyond `counts`."""
+    keys = jax.lax.broadcasted_iota(jnp.int32, patterns.shape, 1)
+    equal = patterns == last[:, None]
+    above = jnp.sum(patterns > last[:, None], axis=-1, dtype=jnp.int32)
+    num_keys = patterns.shape[-1]
+
+    def count(end):
+        return jnp.sum(equal & (keys < end[:, None]), axis=-1, dtype=jnp.int32)
+
+    # Smallest `end` such that the equal keys below it are enough; nothing to search where no key is too many.
+    lower = jnp.where(number > counts, 0, num_keys - 1)
+    upper = jnp.full_like(lower, num_keys)
+
+    def unfinished(state):
+        lower, upper = state
+        return jnp.any(upper - lower > 1)
+
+    def halve(state):
+        lower, upper = state
+        middle = lower + (upper - lower) // 2
+        enough = count(middle) >= counts - above
+        return jnp.where(enough, lower, middle), jnp.where(enough, middle, upper)
+
+    _, end = jax.lax.while_loop(unfinished, halve, (lower, upper))
+    return (patterns > last[:, None]) | (equal & (keys < end[:, None]))
