@@ -47,13 +47,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def run_python() -> Callable[..., str]:
     """Returns a function that runs Python code in a process of its own, on the CPU, and returns what it printed.
 
-    The function takes the code, `devices` (emulated CPU devices), `cwd` and `timeout` (seconds); it fails the test with
-    the process's whole output if the process fails.
+    The function takes the code, `devices` (emulated CPU devices), `platform` (with a name that does not exist, touching
+    any device fails), `cwd` and `timeout` (seconds); it fails the test with the process's whole output if the process
+    fails.
     """
 
-    def run(code: str, *, devices: int = 1, cwd: Path = ROOT, timeout: float = 120.0) -> str:
+    def run(code: str, *, devices: int = 1, platform: str = "cpu", cwd: Path = ROOT, timeout: float = 120.0) -> str:
         env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
+            "JAX_PLATFORMS": platform,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         }

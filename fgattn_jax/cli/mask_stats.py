@@ -60,6 +60,7 @@ def _stats(mask: Any, counts: "np.ndarray") -> dict[str, Any]:
     edges = np.linspace(0, mask.num_keys, _BINS + 1)
     histogram, _ = np.histogram(counts, bins=edges)
     mean = float(counts.mean())
+    as_booleans = counts.size // mask.num_rows * mask.num_queries * mask.num_keys
     return {
         "batch": counts.shape[-3],
         "heads": counts.shape[-2],
@@ -82,7 +83,7 @@ def _stats(mask: Any, counts: "np.ndarray") -> dict[str, Any]:
         "empty_rows": int((counts == 0).sum()),
         "full_rows": int((counts == mask.num_keys).sum()),
         "histogram": {"edges": edges.tolist(), "rows": histogram.tolist()},
-        "bytes": {"bits": int(mask.nbytes), "as_booleans": int(counts.size) * mask.query_block * mask.num_keys},
+        "bytes": {"bits": int(mask.nbytes), "as_booleans": as_booleans},
         "stacked": [*counts.shape[:-3]],
     }
 
