@@ -1,0 +1,1 @@
+"""A small video diffusion transformer that denoises with cached slice masks."""
