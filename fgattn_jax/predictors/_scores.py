@@ -132,11 +132,9 @@ def _row_scores(
     if parts == 1:
         total = _part_scores(rows, key, lse, valid, scale, statistic)
     else:
-        split = (
-            lambda array: jnp.moveaxis(  # noqa: E731
-                array.reshape(num_rows, parts, query_block // parts, *array.shape[2:]), 1, 0
-            )
-        )
+
+        def split(array):  # [rows, M, ...] -> [parts, rows, M / parts, ...]
+            return jnp.moveaxis(array.reshape(num_rows, parts, query_block // parts, *array.shape[2:]), 1, 0)
 
         def add(total, part):
             part_rows, part_lse, part_valid = part

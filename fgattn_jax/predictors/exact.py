@@ -60,7 +60,7 @@ class ExactPredictor(AbstractPredictor):
     query_block: int
     query_order: Any = None
     statistic: Literal["peak", "mass"] = "peak"
-    budget: Budget = Budget()
+    budget: Budget = dataclasses.field(default_factory=Budget)
     chunk_bytes: int | None = None
 
     def __post_init__(self):
