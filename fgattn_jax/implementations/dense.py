@@ -1,0 +1,75 @@
+"""Attention without a mask: in query chunks anywhere, cuDNN on NVIDIA GPUs.
+
+Refresh steps run dense, so this path has to be the fastest there is; and it must not hold `[T, S]` scores either.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fgattn_jax.implementations.spec import CallSpec
+from fgattn_jax.implementations.xla_config import XlaConfig, default_config
+
+
+def _chunked(query, key, value, *, scale: float, config: XlaConfig):
+    batch, num_queries, num_heads, width = query.shape
+    num_kv_heads = key.shape[2]
+    compute = jnp.dtype(jnp.float32) if config.upcast else query.dtype
+    precision = jax.lax.Precision.HIGHEST if compute == jnp.float32 else None
+    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    step = min(config.dense_queries_per_step, num_queries)
+    missing = -num_queries % step
+    query = jnp.pad(query, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    chunks = query.reshape(batch, -1, step, num_kv_heads, num_heads // num_kv_heads, width)
+    key, value = key.astype(compute), value.astype(compute)
+
+    # Only the chunk's inputs are kept for the backward pass: its scores are computed again.
+    @jax.checkpoint
+    def chunk(q):
+        scores = einsum("bmkgh,bskh->bkgms", q.astype(compute), key) * scale
+        largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        # Normalised after the product: [m, H] divisions instead of [m, S].
+        output = einsum("bkgms,bskh->bkgmh", weights.astype(compute), value) / total
+        return output.astype(query.dtype), (largest + jnp.log(total))[..., 0]
+
+    output, lse = jax.lax.map(chunk, jnp.moveaxis(chunks, 1, 0))
+    output = jnp.einsum("cbkgmh->bcmkgh", output).reshape(batch, -1, num_heads, width)[:, :num_queries]
+    lse = jnp.einsum("cbkgm->bkgcm", lse).reshape(batch, num_heads, -1)[..., :num_queries]
+    return output, lse
+
+
+def chunked(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], *, scale: float
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention over all keys and its float32 LSE, one chunk of queries at a time; differentiable by JAX itself."""
+    cpu = functools.partial(_chunked, scale=scale, config=default_config("cpu", 1))
+    other = functools.partial(_chunked, scale=scale, config=default_config("accelerator", 1))
+    return jax.lax.platform_dependent(query, key, value, cpu=cpu, default=other)
+
+
+def cudnn_reasons(spec: CallSpec) -> tuple[str, ...]:
+    """Why cuDNN's fused attention cannot run the call; empty if it can."""
+    reasons = []
+    if spec.platform != "gpu":
+        reasons.append(f"cuDNN runs on NVIDIA GPUs, platform={spec.platform}")
+    if spec.dtype not in ("bfloat16", "float16"):
+        reasons.append(f"cuDNN takes bfloat16 and float16, dtype={spec.dtype}")
+    if spec.head_dim > 128 or spec.head_dim % 8:
+        reasons.append(f"cuDNN takes head widths that are multiples of 8 up to 128, head_dim={spec.head_dim}")
+    return tuple(reasons)
+
+
+def cudnn(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], *, scale: float
+) -> Float[Array, "B T N H"]:
+    """Attention over all keys by cuDNN where the program runs on a GPU, chunked elsewhere."""
+    fused = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    return jax.lax.platform_dependent(
+        query, key, value, cuda=fused, default=lambda *arrays: chunked(*arrays, scale=scale)[0]
+    )
+
+
