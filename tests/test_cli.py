@@ -101,8 +101,8 @@ def test_explain_json_holds_reasons_and_cost(capsys):
     assert answer["implementation"] == "xla"
     assert set(answer["reasons"]) >= {"pallas", "cuda"}
     assert answer["mask_bytes"] == 2 * 2 * 4 * 8
-    assert answer["tflop_dense"] == pytest.approx(4e-12 * 2 * 100 * 200 * 64, abs=1e-6)
-    assert answer["tflop"] == pytest.approx(answer["tflop_dense"] / 2, abs=1e-6)
+    assert answer["gflop_dense"] == pytest.approx(4e-9 * 2 * 100 * 200 * 64, abs=1e-6)
+    assert answer["gflop"] == pytest.approx(answer["gflop_dense"] / 2, abs=1e-6)
 
 
 def test_explain_without_a_mask(capsys):

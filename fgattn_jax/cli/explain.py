@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     density = 1.0 if args.dense else args.density
     rows = math.ceil(args.queries / args.query_block)
     # Two products of 2*H operations for every query and kept key.
-    dense_tflop = 4e-12 * args.batch * args.heads * args.queries * keys * args.head_dim
+    dense_gflop = 4e-9 * args.batch * args.heads * args.queries * keys * args.head_dim
     facts = {
         "platform": jax.default_backend(),
         "query": [*query.shape],
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
         "density": density,
         "kept_slices": None if args.dense else round(density * args.batch * args.heads * rows * keys),
         "mask_bytes": 0 if mask is None else mask.nbytes,
-        "tflop": round(density * dense_tflop, 6),
-        "tflop_dense": round(dense_tflop, 6),
+        "gflop": round(density * dense_gflop, 6),
+        "gflop_dense": round(dense_gflop, 6),
     }
     if args.json:
         answer = {"implementation": explanation.implementation, "reasons": explanation.reasons, **facts}
@@ -101,12 +101,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"query [B, T, N, H] = {facts['query']}, key and value [B, S, K, H] = {facts['key']}, {args.dtype}")
         if args.dense:
-            print(f"no mask: {dense_tflop:.3g} TFLOP")
+            print(f"no mask: {dense_gflop:.3g} GFLOP")
         else:
             print(
                 f"mask: {args.query_block} queries per slice, density {density:.3g}, "
                 f"{facts['kept_slices']:,} slices kept, {facts['mask_bytes'] / 1e6:.3g} MB of bits, "
-                f"{facts['tflop']:.3g} TFLOP instead of {dense_tflop:.3g}"
+                f"{facts['gflop']:.3g} GFLOP instead of {dense_gflop:.3g}"
             )
         print(f"platform: {facts['platform']}\n")
         print(explanation)
