@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import core
+from jaxtyping import Array, Bool, Int
 
 from fgattn_jax.masks._bits import WORD_BITS, full_words, num_words
 from fgattn_jax.types import QUERY_BLOCKS
@@ -71,6 +73,63 @@ def check_order(query_order: Any, bits_shape: tuple[int, ...], num_queries: int)
         )
     if query_order.dtype != np.int32:
         raise ValueError(f"expected `query_order` of dtype int32, got dtype={query_order.dtype}; cast it with astype")
+
+
+def normal_integers(array: Any, name: str) -> Array:
+    """The array as int32.
+
+    Raises:
+        ValueError: If it does not hold integers, or, unless traced, one that int32 cannot hold.
+    """
+    array = array if is_array(array) else np.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"expected `{name}` to hold integers, got dtype={array.dtype}")
+    if array.dtype.itemsize >= 4 and array.dtype != np.int32 and is_concrete(array):
+        values = np.asarray(array)
+        wrapped = values[values != values.astype(np.int32)]
+        if wrapped.size:
+            raise ValueError(f"expected `{name}` to hold numbers below 2**31, got {name}={wrapped[0]}")
+        array = values.astype(np.int32)
+    return jnp.asarray(array).astype(jnp.int32)
+
+
+def normal_order(query_order: Int[Array, "..."] | None, rank: int, num_queries: int) -> Array | None:
+    """The order as int32 of rank `rank`; an order of shape [T] is shared by batch and heads.
+
+    Raises:
+        ValueError: If it does not hold integers or has neither rank 1 nor `rank`, or not T positions.
+    """
+    if query_order is None:
+        return None
+    order = normal_integers(query_order, "query_order")
+    if order.ndim == 1:
+        order = order.reshape((1,) * (rank - 1) + order.shape)
+    if order.ndim != rank or order.shape[-1] != num_queries:
+        raise ValueError(
+            f"expected `query_order` of shape [T] or [B|1, N|1, T] (rank 1 or {rank}) with T={num_queries}, "
+            f"got shape={np.shape(query_order)}"
+        )
+    return order
+
+
+def normal_bools(array: Bool[Array, "..."], name: str, axes: str) -> Array:
+    """The array with rank 4 or more; rank 2 is shared by batch and heads.
+
+    Raises:
+        ValueError: If it does not hold booleans, or has another rank.
+    """
+    if not is_array(array) or array.dtype != np.bool_:
+        got = f"dtype={array.dtype}" if is_array(array) else type(array).__name__
+        raise ValueError(f"expected `{name}` to be an array of booleans (True keeps), got {got}; compare with `!= 0`")
+    array = jnp.asarray(array)
+    if array.ndim == 2:
+        return array[None, None]
+    if array.ndim < 4:
+        raise ValueError(
+            f"expected `{name}` of shape [{axes}] (shared by batch and heads) or [B|1, N|1, {axes}], "
+            f"got shape={array.shape}; add axes of size 1"
+        )
+    return array
 
 
 def check_values(bits: Any, query_order: Any, num_keys: int) -> None:

@@ -1,14 +1,30 @@
 """The mask container: one bit per slice (`M` neighbouring queries x 1 key)."""
 
 import dataclasses
+import json
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import export
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from fgattn_jax.masks import _bits, _fit
+
+
+class _Builder:
+    """`SliceMask.full` is `fgattn_jax.masks.full`, and so on: looked up when used, as builders import this module."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., "SliceMask"]:
+        from fgattn_jax import masks
+
+        return getattr(masks, self.name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +57,17 @@ class SliceMask:
     query_block: int = dataclasses.field(kw_only=True)
     num_keys: int = dataclasses.field(kw_only=True)
     num_queries: int = dataclasses.field(kw_only=True)
+
+    from_rows = _Builder()
+    from_dense = _Builder()
+    from_indices = _Builder()
+    from_blocks = _Builder()
+    full = _Builder()
+    empty = _Builder()
+    local_window = _Builder()
+    causal = _Builder()
+    keep_keys = _Builder()
+    keep_lengths = _Builder()
 
     def __post_init__(self) -> None:
         _fit.check_sizes(self.query_block, self.num_queries, self.num_keys)
@@ -82,8 +109,56 @@ class SliceMask:
         rows = self.to_rows()
         if self.query_order is None:
             return jnp.repeat(rows, self.query_block, axis=-2)[..., : self.num_queries, :]
-        row_of_query = jnp.argsort(self.query_order, axis=-1) // self.query_block
-        return take_queries(rows, row_of_query)
+        return take_queries(
+            rows, row_of_query(self.query_order, self.query_block, self.num_queries, rank=rows.ndim - 1)
+        )
+
+    def to_indices(self, capacity: int | None = None) -> tuple[Int32[Array, "*B N R C"], Int32[Array, "*B N R"]]:
+        """The kept keys of every row, ascending, and how many they are; needs `4 * R * S` bytes a head on the way.
+
+        Args:
+            capacity: Places per row (`C`). `None` takes the largest count, which only works outside `jit`.
+
+        Returns:
+            The key numbers, filled up with `num_keys` behind the count of each row, and the counts. Under `jit`, a row
+            with more than `capacity` keys keeps its first ones, and its count is `capacity`; compare with `counts`.
+
+        Raises:
+            ValueError: If `capacity` is negative, if it is `None` under `jit`, or, outside `jit`, if a row keeps more
+                keys than `capacity`.
+        """
+        counts = self.counts()
+        if capacity is not None and capacity < 0:
+            raise ValueError(f"expected `capacity` to be at least 0, got capacity={capacity}")
+        if _fit.is_concrete(counts):
+            largest = int(np.max(np.asarray(counts)))
+            if capacity is not None and largest > capacity:
+                raise ValueError(
+                    f"expected `capacity` of at least the largest count={largest}, got capacity={capacity}"
+                )
+            capacity = largest if capacity is None else capacity
+        elif capacity is None:
+            raise ValueError("`to_indices` needs a `capacity` under `jit`, where the largest count is not known")
+        kept_so_far = jnp.cumsum(self.to_rows(), axis=-1, dtype=jnp.int32)
+        places = jnp.arange(1, capacity + 1, dtype=jnp.int32)
+        find = jnp.vectorize(lambda sums: jnp.searchsorted(sums, places).astype(jnp.int32), signature="(s)->(c)")
+        return find(kept_so_far), jnp.minimum(counts, capacity)
+
+    def with_query_order(self, query_order: Int[Array, "..."] | None) -> "SliceMask":
+        """The same rows for other queries: row `r` now stands for the queries that `query_order` puts there.
+
+        To keep the pairs of queries and keys and group them anew, use `fgattn_jax.masks.regroup`.
+
+        Args:
+            query_order: Integers of shape [T] or `[B|1, N|1, T]`, or `None` for raster.
+
+        Raises:
+            ValueError: If it does not hold integers or has another shape.
+        """
+        order = _fit.normal_order(query_order, self.bits.ndim - 1, self.num_queries)
+        if order is not None:
+            _fit.check_order(order, self.bits.shape, self.num_queries)
+        return with_leaves(self, self.bits, order)
 
     def check(self) -> Self:
         """Check the values on the host, and return the mask unchanged.
@@ -95,10 +170,6 @@ class SliceMask:
         _fit.check_values(self.bits, self.query_order, self.num_keys)
         return self
 
-    def _replace_bits(self, bits: Array) -> "SliceMask":
-        # Not the constructor: under vmap over the batch, `bits` has lost an axis that the constructor asks for.
-        return _rebuild((self.query_block, self.num_keys, self.num_queries), (bits, self.query_order))
-
 
 def take_queries(values: Array, index: Int[Array, "*B N T"]) -> Array:
     """`values[..., index, :]` for `values[..., X, Y]`, with broadcasting of the axes in front."""
@@ -106,6 +177,21 @@ def take_queries(values: Array, index: Int[Array, "*B N T"]) -> Array:
     values = jnp.broadcast_to(values, (*front, *values.shape[-2:]))
     index = jnp.broadcast_to(index, (*front, index.shape[-1]))
     return jnp.take_along_axis(values, index[..., None], axis=-2)
+
+
+def row_of_query(
+    query_order: Int32[Array, "*B N T"] | None, query_block: int, num_queries: int, *, rank: int
+) -> Int32[Array, "*B N T"]:
+    """The row that holds each query; the axes in front of a raster order, where it is the same for all, are 1."""
+    if query_order is None:
+        rows = jnp.arange(num_queries, dtype=jnp.int32) // query_block
+        return rows.reshape((1,) * (rank - 1) + rows.shape)
+    return (jnp.argsort(query_order, axis=-1) // query_block).astype(jnp.int32)
+
+
+def with_leaves(mask: SliceMask, bits: Any, query_order: Any, *, query_block: int | None = None) -> SliceMask:
+    """A mask of the same lengths with other leaves, which are not checked."""
+    return _rebuild((query_block or mask.query_block, mask.num_keys, mask.num_queries), (bits, query_order))
 
 
 def _flatten(mask: SliceMask) -> tuple[tuple[Any, Any], tuple[int, int, int]]:
@@ -118,6 +204,7 @@ def _flatten_with_keys(mask: SliceMask) -> tuple[tuple[Any, Any], tuple[int, int
 
 
 def _rebuild(static: tuple[int, int, int], leaves: Any) -> SliceMask:
+    # Not the constructor: transforms put anything in the leaves, and `vmap` takes axes away from them.
     mask = object.__new__(SliceMask)
     names = ("bits", "query_order", "query_block", "num_keys", "num_queries")
     for name, value in zip(names, (*leaves, *static), strict=True):
@@ -126,3 +213,9 @@ def _rebuild(static: tuple[int, int, int], leaves: Any) -> SliceMask:
 
 
 jax.tree_util.register_pytree_with_keys(SliceMask, _flatten_with_keys, _rebuild, _flatten)
+export.register_pytree_node_serialization(
+    SliceMask,
+    serialized_name="fgattn_jax.SliceMask",
+    serialize_auxdata=lambda static: json.dumps([int(number) for number in static]).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+)
