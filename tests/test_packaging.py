@@ -41,7 +41,7 @@ def build(hook: str, source: Path, folder: Path) -> Path:
 def checkout(tmp_path_factory):
     """A copy of the sources, links as links, without environments: walking those takes the backend many seconds."""
     folder = tmp_path_factory.mktemp("checkout") / "source"
-    left_out = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.so", "out", "demo_output", "shared")
+    left_out = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.so", "out", "demo_output")
     return Path(shutil.copytree(ROOT, folder, symlinks=True, ignore=left_out))
 
 
