@@ -135,3 +135,9 @@ def check_chunk_bytes(chunk_bytes: int | None) -> None:
         raise ValueError(f"expected an integer or None for `chunk_bytes`, got chunk_bytes={chunk_bytes!r}")
     if chunk_bytes is not None and chunk_bytes < 1:
         raise ValueError(f"expected `chunk_bytes` >= 1, got chunk_bytes={chunk_bytes}: 4 MiB suits most CPUs")
+
+
+def queries_of_rows(num_queries: int, query_block: int) -> np.ndarray:
+    """Queries that every row holds: `query_block`, less in a ragged last row."""
+    starts = np.arange(0, num_queries, query_block)
+    return np.minimum(num_queries - starts, query_block).astype(np.int32)

@@ -27,6 +27,7 @@ def predict_bits(
     lse: Float32[Array, "B N T"] | None,
     query_order: Int32[Array, "B N T"] | None,
     scale: Float32[Array, ""],
+    row_queries: Int32[Array, " R"],
     *,
     query_block: int,
     statistic: Statistic,
@@ -35,15 +36,19 @@ def predict_bits(
 ) -> UInt32[Array, "B N R W"]:
     """Bits of the keys that `budget` keeps of the scores of every row.
 
-    `query_order` has leading axes of length 1 or `B`, `N`. Heads run one after the other, rows of a head in chunks
-    whose `[rows * query_block, S]` scores fill at most `chunk_bytes` (one row is split further where it alone is
-    more). None for `chunk_bytes` takes the platform's own.
+    `query_order` has leading axes of length 1 or `B`, `N`. `row_queries` are the weights of the rows in the mean that
+    the per-head floor is a share of: the queries that each row stands for.
+
+    Heads run one after the other, rows of a head in chunks whose `[rows * query_block, S]` scores fill at most
+    `chunk_bytes` (one row is split further where it alone is more). None for `chunk_bytes` takes the platform's own.
     """
 
-    def bits(chunk_bytes, query, key, lse, query_order, scale):
-        return _bits_of_heads(query, key, lse, query_order, scale, query_block, statistic, budget, chunk_bytes)
+    def bits(chunk_bytes, *operands):
+        return _bits_of_heads(*operands, query_block, statistic, budget, chunk_bytes)
 
-    operands = (query, key, lse, query_order, scale)
+    # Bits have no derivative: without this, reverse mode would keep the scores of every chunk.
+    query, key, lse, scale = jax.lax.stop_gradient((query, key, lse, scale))
+    operands = (query, key, lse, query_order, scale, row_queries)
     if chunk_bytes is not None:
         return bits(chunk_bytes, *operands)
     return jax.lax.platform_dependent(
@@ -53,7 +58,7 @@ def predict_bits(
     )
 
 
-def _bits_of_heads(query, key, lse, query_order, scale, query_block, statistic, budget, chunk_bytes):
+def _bits_of_heads(query, key, lse, query_order, scale, row_queries, query_block, statistic, budget, chunk_bytes):
     batch, num_queries, num_heads, _ = query.shape
     _, num_keys, num_kv_heads, _ = key.shape
     num_rows = -(-num_queries // query_block)
@@ -82,7 +87,7 @@ def _bits_of_heads(query, key, lse, query_order, scale, query_block, statistic, 
         floor = None
         if budget.head_floor > 0:
             counts = jax.lax.map(lambda chunk: _select.rule_counts(scores(chunk), budget), chunks)
-            floor = _head_floor(counts.reshape(-1)[:num_rows], num_queries, query_block, budget.head_floor)
+            floor = _head_floor(counts.reshape(-1)[:num_rows], row_queries, budget.head_floor)
         words = jax.lax.map(lambda chunk: pack_rows(_select.select(scores(chunk), budget, floor)), chunks)
         return words.reshape(num_chunks * rows_per_chunk, -1)[:num_rows]
 
@@ -106,11 +111,9 @@ def _parts_of_row(query_block, num_keys, chunk_bytes):
     return parts
 
 
-def _head_floor(counts, num_queries, query_block, share):
+def _head_floor(counts, row_queries, share):
     """`floor(share * mean of counts over the queries of the head)`."""
-    starts = jnp.arange(counts.shape[0]) * query_block
-    queries = jnp.minimum(num_queries - starts, query_block).astype(jnp.float32)
-    mean = jnp.sum(counts * queries) / num_queries
+    mean = jnp.sum(counts.astype(jnp.float32) * row_queries) / jnp.sum(row_queries)
     return jnp.floor(share * mean).astype(jnp.int32)
 
 
@@ -139,7 +142,7 @@ def _row_scores(
         def add(total, part):
             part_rows, part_lse, part_valid = part
             scores = _part_scores(part_rows, key, part_lse, part_valid, scale, statistic)
-            return (jnp.maximum(total, scores) if statistic == "peak" else total + scores), None
+            return (_maximum(total, scores) if statistic == "peak" else total + scores), None
 
         start = jnp.zeros((num_rows, key.shape[0]), jnp.float32)
         part_lse = None if lse is None else split(lse)
@@ -159,5 +162,12 @@ def _part_scores(rows, key, lse, valid, scale, statistic):
         lse = jax.nn.logsumexp(logits, axis=-1)
     logits = jnp.where(valid[..., None], logits - lse[..., None], -jnp.inf)
     if statistic == "peak":
-        return jnp.exp(jnp.max(logits, axis=1))
+        # XLA's CPU maximum may drop a NaN; the LSE of a query has it if any of its logits does.
+        broken = jnp.any(valid & jnp.isnan(lse), axis=1, keepdims=True)
+        return jnp.where(broken, jnp.nan, jnp.exp(jnp.max(logits, axis=1)))
     return jnp.sum(jnp.exp(logits), axis=1)
+
+
+def _maximum(a, b):
+    """The larger one, NaN if either is."""
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)

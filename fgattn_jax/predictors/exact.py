@@ -115,6 +115,7 @@ class ExactPredictor(AbstractPredictor):
             lse,
             order,
             _inputs.resolve_scale(scale, width),
+            _inputs.queries_of_rows(num_queries, self.query_block),
             query_block=self.query_block,
             statistic=self.statistic,
             budget=budget,

@@ -112,6 +112,7 @@ class MeanQueryPredictor(AbstractPredictor):
             None,
             None,
             _inputs.resolve_scale(scale, width),
+            _inputs.queries_of_rows(num_queries, self.query_block),
             query_block=self.num_means,
             statistic="mean",
             budget=budget,
