@@ -1,4 +1,9 @@
-"""Bits of a mask: packing booleans into 32-bit words and back (docs/mask_format.md)."""
+"""Bits of a mask: packing booleans into 32-bit words and back (docs/mask_format.md).
+
+Compiled as wholes, so that they cost one compilation each outside `jit`; inlined inside.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +27,7 @@ def full_words(num_keys: int) -> np.ndarray:
     return ((np.uint64(1) << used) - np.uint64(1)).astype(np.uint32)
 
 
+@functools.partial(jax.jit, inline=True)
 def pack_rows(rows: Bool[Array, "... S"]) -> UInt32[Array, "... W"]:
     """Pack booleans over keys into words, little bit first; bits past `S` are zero."""
     num_keys = rows.shape[-1]
@@ -32,6 +38,7 @@ def pack_rows(rows: Bool[Array, "... S"]) -> UInt32[Array, "... W"]:
     return jnp.sum(jnp.where(bits, weights, jnp.uint32(0)), axis=-1, dtype=jnp.uint32)
 
 
+@functools.partial(jax.jit, static_argnames="num_keys", inline=True)
 def unpack_words(words: UInt32[Array, "... W"], num_keys: int) -> Bool[Array, "... S"]:
     """Unpack words into booleans over the first `num_keys` keys."""
     shifts = jnp.arange(WORD_BITS, dtype=jnp.uint32)
@@ -39,6 +46,16 @@ def unpack_words(words: UInt32[Array, "... W"], num_keys: int) -> Bool[Array, ".
     return (bits != 0).reshape(*words.shape[:-1], -1)[..., :num_keys]
 
 
+@functools.partial(jax.jit, static_argnames=("num_keys", "capacity"), inline=True)
+def list_keys(words: UInt32[Array, "... W"], num_keys: int, capacity: int) -> Int32[Array, "... C"]:
+    """The first `capacity` kept keys of every row, ascending, filled up with `num_keys`."""
+    kept_so_far = jnp.cumsum(unpack_words(words, num_keys), axis=-1, dtype=jnp.int32)
+    places = jnp.arange(1, capacity + 1, dtype=jnp.int32)
+    find = jnp.vectorize(lambda sums: jnp.searchsorted(sums, places).astype(jnp.int32), signature="(s)->(c)")
+    return find(kept_so_far)
+
+
+@functools.partial(jax.jit, inline=True)
 def count_bits(words: UInt32[Array, "... W"]) -> Int32[Array, "..."]:
     """Number of set bits per row of words."""
     return jnp.sum(jax.lax.population_count(words), axis=-1, dtype=jnp.int32)

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import core
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int32
 
 from fgattn_jax.masks._bits import WORD_BITS, full_words, num_words
 from fgattn_jax.types import QUERY_BLOCKS
@@ -93,21 +93,32 @@ def normal_integers(array: Any, name: str) -> Array:
     return jnp.asarray(array).astype(jnp.int32)
 
 
-def normal_order(query_order: Int[Array, "..."] | None, rank: int, num_queries: int) -> Array | None:
-    """The order as int32 of rank `rank`; an order of shape [T] is shared by batch and heads.
+def normal_order(query_order: Any, front: tuple[int, ...], num_queries: int) -> Int32[Array, "*B N T"] | None:
+    """The order as int32 of rank `len(front) + 1`; an order of shape [T] is shared by batch and heads.
+
+    Args:
+        query_order: Integers, or `None`.
+        front: The axes in front of rows and words: (batch, heads), with stacked axes before them if there are any.
+        num_queries: Queries (`T`).
 
     Raises:
-        ValueError: If it does not hold integers or has neither rank 1 nor `rank`, or not T positions.
+        ValueError: If it does not hold integers, or its shape does not fit.
     """
     if query_order is None:
         return None
     order = normal_integers(query_order, "query_order")
     if order.ndim == 1:
-        order = order.reshape((1,) * (rank - 1) + order.shape)
-    if order.ndim != rank or order.shape[-1] != num_queries:
+        order = order.reshape((1,) * len(front) + order.shape)
+    shape = order.shape
+    if len(shape) != len(front) + 1 or shape[-1] != num_queries:
         raise ValueError(
-            f"expected `query_order` of shape [T] or [B|1, N|1, T] (rank 1 or {rank}) with T={num_queries}, "
+            f"expected `query_order` of shape [T] or [B|1, N|1, T] (rank 1 or {len(front) + 1}) with T={num_queries}, "
             f"got shape={np.shape(query_order)}"
+        )
+    if any(a != b and 1 not in (a, b) for a, b in zip(shape, front, strict=False)):
+        raise ValueError(
+            f"expected the axes before T of `query_order` to be 1 or those of the mask, {tuple(front)}, "
+            f"got shape={shape}"
         )
     return order
 

@@ -52,7 +52,7 @@ def regroup(mask: SliceMask, *, query_block: int, query_order: Int[Array, "..."]
         ValueError: For an unsupported `query_block` or an order that does not fit.
     """
     _fit.check_sizes(query_block, mask.num_queries, mask.num_keys)
-    order = _fit.normal_order(query_order, mask.bits.ndim - 1, mask.num_queries)
+    order = _fit.normal_order(query_order, mask.bits.shape[:-2], mask.num_queries)
     rows = row_of_query(mask.query_order, mask.query_block, mask.num_queries, rank=mask.bits.ndim - 1)
     if order is not None:
         rows = take_queries(rows[..., None], order)[..., 0]

@@ -39,7 +39,7 @@ def from_rows(
             f"expected `rows` to have R={num_rows} rows for num_queries={num_queries} and query_block={query_block}, "
             f"got R={rows.shape[-2]} in shape={rows.shape}"
         )
-    order = _fit.normal_order(query_order, rows.ndim - 1, num_queries)
+    order = _fit.normal_order(query_order, rows.shape[:-2], num_queries)
     return SliceMask(_bits.pack_rows(rows), order, query_block=query_block, num_keys=num_keys, num_queries=num_queries)
 
 
@@ -69,7 +69,7 @@ def from_dense(
     dense = _fit.normal_bools(dense, "dense", "T, S")
     num_queries, num_keys = dense.shape[-2:]
     _fit.check_sizes(query_block, num_queries, num_keys)
-    order = _fit.normal_order(query_order, dense.ndim - 1, num_queries)
+    order = _fit.normal_order(query_order, dense.shape[:-2], num_queries)
     by_position = dense if order is None else take_queries(dense, order)
     kept_by_any = _group(by_position, query_block, fill=False).any(axis=-2)
     if mixed == "keep":
@@ -228,7 +228,7 @@ def from_blocks(
     num_rows = -(-num_queries // query_block)
     repeats = max(1, block_queries // query_block)
     bits = jnp.repeat(words, repeats, axis=-2)[..., :num_rows, :]
-    order = _fit.normal_order(query_order, bits.ndim - 1, num_queries)
+    order = _fit.normal_order(query_order, bits.shape[:-2], num_queries)
     return SliceMask(bits, order, query_block=query_block, num_keys=num_keys, num_queries=num_queries)
 
 
@@ -286,6 +286,6 @@ def _same_rows(
     for name, size in (("batch", batch), ("num_heads", num_heads)):
         if size < 1:
             raise ValueError(f"expected `{name}` to be at least 1, got {name}={size}")
-    order = _fit.normal_order(query_order, 3, num_queries)
+    order = _fit.normal_order(query_order, (batch, num_heads), num_queries)
     bits = jnp.broadcast_to(words, (batch, num_heads, -(-num_queries // query_block), words.shape[-1]))
     return SliceMask(bits, order, query_block=query_block, num_keys=num_keys, num_queries=num_queries)

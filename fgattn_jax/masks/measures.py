@@ -105,6 +105,8 @@ def mass_recall(
     Raises:
         ValueError: If ranks or sizes do not fit.
     """
+    query, key = jnp.asarray(query), jnp.asarray(key)
+    lse = None if lse is None else jnp.asarray(lse)
     _check_mass_inputs(mask, query, key, lse)
     batch, num_queries, num_heads, width = query.shape
     heads_per_key_head = num_heads // key.shape[2]

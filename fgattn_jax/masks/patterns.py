@@ -1,11 +1,12 @@
 """Masks from rules: local windows, causal order, keys that every query keeps."""
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32, UInt32
 
 from fgattn_jax.masks import _bits, _fit
 from fgattn_jax.masks.slice_mask import SliceMask, row_of_query
@@ -158,20 +159,25 @@ def _from_ranges(
 ) -> SliceMask:
     """The mask whose rows keep the union of their queries' ranges `first[t]..stop[t]-1`; no [T, S] array on the way."""
     num_queries = first.shape[0]
-    num_rows = -(-num_queries // query_block)
-    order = _fit.normal_order(query_order, 3, num_queries)
-    rows_of_queries = row_of_query(order, query_block, num_queries, rank=3)
+    order = _fit.normal_order(query_order, (1, 1), num_queries)
+    rows = row_of_query(order, query_block, num_queries, rank=3)
     first = np.clip(first, 0, num_keys)
     stop = np.maximum(
         np.clip(stop, 0, num_keys), first
     )  # a range outside the keys is empty: it opens and closes at once
-
-    def cover(row: Int32[Array, " T"]) -> Bool[Array, "R S"]:
-        opened = jnp.zeros((num_rows, num_keys + 1), jnp.int32).at[row, first].add(1).at[row, stop].add(-1)
-        return jnp.cumsum(opened, axis=-1)[:, :num_keys] > 0
-
-    bits = jax.vmap(jax.vmap(lambda row: _bits.pack_rows(cover(row))))(rows_of_queries)
+    bits = _cover(rows, first, stop, -(-num_queries // query_block), num_keys)
     return SliceMask(bits, order, query_block=query_block, num_keys=num_keys, num_queries=num_queries)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
+def _cover(
+    rows: Int32[Array, "B N T"], first: Int[Array, " T"], stop: Int[Array, " T"], num_rows: int, num_keys: int
+) -> UInt32[Array, "B N R W"]:
+    def cover_head(row: Int32[Array, " T"]) -> UInt32[Array, "R W"]:
+        opened = jnp.zeros((num_rows, num_keys + 1), jnp.int32).at[row, first].add(1).at[row, stop].add(-1)
+        return _bits.pack_rows(jnp.cumsum(opened, axis=-1)[:, :num_keys] > 0)
+
+    return jax.vmap(jax.vmap(cover_head))(rows)
 
 
 def _kept_by_number(keys: Int[Array, "B C"], num_keys: int) -> Bool[Array, "B S"]:
@@ -195,5 +201,5 @@ def _shared_by_rows(
 ) -> SliceMask:
     words = _bits.pack_rows(kept)[:, None, None, :]
     bits = jnp.broadcast_to(words, (words.shape[0], 1, -(-num_queries // query_block), words.shape[-1]))
-    order = _fit.normal_order(query_order, 3, num_queries)
+    order = _fit.normal_order(query_order, (words.shape[0], 1), num_queries)
     return SliceMask(bits, order, query_block=query_block, num_keys=num_keys, num_queries=num_queries)

@@ -1,6 +1,7 @@
 """The mask container: one bit per slice (`M` neighbouring queries x 1 key)."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -139,10 +140,7 @@ class SliceMask:
             capacity = largest if capacity is None else capacity
         elif capacity is None:
             raise ValueError("`to_indices` needs a `capacity` under `jit`, where the largest count is not known")
-        kept_so_far = jnp.cumsum(self.to_rows(), axis=-1, dtype=jnp.int32)
-        places = jnp.arange(1, capacity + 1, dtype=jnp.int32)
-        find = jnp.vectorize(lambda sums: jnp.searchsorted(sums, places).astype(jnp.int32), signature="(s)->(c)")
-        return find(kept_so_far), jnp.minimum(counts, capacity)
+        return _bits.list_keys(self.bits, self.num_keys, capacity), jnp.minimum(counts, capacity)
 
     def with_query_order(self, query_order: Int[Array, "..."] | None) -> "SliceMask":
         """The same rows for other queries: row `r` now stands for the queries that `query_order` puts there.
@@ -155,9 +153,7 @@ class SliceMask:
         Raises:
             ValueError: If it does not hold integers or has another shape.
         """
-        order = _fit.normal_order(query_order, self.bits.ndim - 1, self.num_queries)
-        if order is not None:
-            _fit.check_order(order, self.bits.shape, self.num_queries)
+        order = _fit.normal_order(query_order, self.bits.shape[:-2], self.num_queries)
         return with_leaves(self, self.bits, order)
 
     def check(self) -> Self:
@@ -171,6 +167,7 @@ class SliceMask:
         return self
 
 
+@functools.partial(jax.jit, inline=True)
 def take_queries(values: Array, index: Int[Array, "*B N T"]) -> Array:
     """`values[..., index, :]` for `values[..., X, Y]`, with broadcasting of the axes in front."""
     front = jnp.broadcast_shapes(values.shape[:-2], index.shape[:-1])
@@ -212,10 +209,18 @@ def _rebuild(static: tuple[int, int, int], leaves: Any) -> SliceMask:
     return mask
 
 
+def _static_to_bytes(static: tuple[int, int, int]) -> bytes:
+    return json.dumps([int(number) for number in static]).encode()
+
+
+def _static_from_bytes(data: bytes) -> tuple[int, ...]:
+    return tuple(json.loads(bytes(data)))
+
+
 jax.tree_util.register_pytree_with_keys(SliceMask, _flatten_with_keys, _rebuild, _flatten)
 export.register_pytree_node_serialization(
     SliceMask,
     serialized_name="fgattn_jax.SliceMask",
-    serialize_auxdata=lambda static: json.dumps([int(number) for number in static]).encode(),
-    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+    serialize_auxdata=_static_to_bytes,
+    deserialize_auxdata=_static_from_bytes,
 )
