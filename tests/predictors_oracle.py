@@ -32,7 +32,7 @@ def queries_of_rows(query_order, num_queries, query_block):
 def row_scores(probability, query_block, statistic, query_order=None):
     """Statistic of the probabilities of the queries of every row: `[B, N, R, S]`."""
     B, N, T, _ = probability.shape
-    scores = []
+    scores, rows = [], []
     for b in range(B):
         for n in range(N):
             order = query_order

@@ -42,9 +42,7 @@ def predict_bits(
     Heads run one after the other, rows of a head in chunks whose `[rows * query_block, S]` scores fill at most
     `chunk_bytes` (one row is split further where it alone is more). None for `chunk_bytes` takes the platform's own.
     """
-
-    def bits(chunk_bytes, *operands):
-        return _bits_of_heads(*operands, query_block, statistic, budget, chunk_bytes)
+    bits = functools.partial(_bits_of_heads, query_block, statistic, budget)
 
     # Bits have no derivative: without this, reverse mode would keep the scores of every chunk.
     query, key, lse, scale = jax.lax.stop_gradient((query, key, lse, scale))
@@ -58,7 +56,7 @@ def predict_bits(
     )
 
 
-def _bits_of_heads(query, key, lse, query_order, scale, row_queries, query_block, statistic, budget, chunk_bytes):
+def _bits_of_heads(query_block, statistic, budget, chunk_bytes, query, key, lse, query_order, scale, row_queries):
     batch, num_queries, num_heads, _ = query.shape
     _, num_keys, num_kv_heads, _ = key.shape
     num_rows = -(-num_queries // query_block)

@@ -95,15 +95,21 @@ def _share_counts(scores, patterns, top_p):
     """The least number of best keys whose scores sum to `top_p` of the row, and the pattern of the last of them."""
 
     def mass(pivot):
-        return jnp.sum(jnp.where(patterns >= pivot[:, None], scores, 0.0), axis=-1)
+        """Score of the keys at or above the pivot. Comparing floats takes half the time of integers on a CPU."""
+        above = scores >= jax.lax.bitcast_convert_type(pivot, jnp.float32)[:, None]
+        return jnp.sum(jnp.where(above, scores, 0.0), axis=-1)
 
     def count(pivot):
         return jnp.sum(patterns >= pivot[:, None], axis=-1, dtype=jnp.int32)
 
-    # Float addition of non-negative numbers in one fixed order is monotone, so `mass` is, and bisection is exact.
-    total = mass(jnp.zeros(patterns.shape[:1], jnp.int32))
+    # Float addition of non-negative numbers in one fixed order is monotone in the pivot, so bisection is exact.
+    num_keys = scores.shape[-1]
+    total = mass(jnp.zeros(scores.shape[:1], jnp.int32))
     target = total * jnp.float32(top_p)
-    lower = jnp.zeros_like(patterns[:, 0])
+    # Keys below `(1 - top_p) * total / S` do not hold `1 - top_p` of the score even all together; half of that leaves
+    # room for rounding where the share is not next to 1.
+    spare = 0.5 * (1.0 - top_p) / num_keys if top_p < 0.999 else 0.0
+    lower = _patterns(total * jnp.float32(spare))
     upper = jnp.max(patterns, axis=-1) + 1
 
     def unfinished(state):
@@ -119,12 +125,12 @@ def _share_counts(scores, patterns, top_p):
     lower, upper = jax.lax.while_loop(unfinished, halve, (lower, upper))
     above, reached = count(upper), count(lower)
     last = jax.lax.bitcast_convert_type(lower, jnp.float32)
-    # Of the keys that tie at `last`, as many as are missing; at least one, since `above` alone is not enough.
+    # Of the keys that tie at `last`, as many as are missing; at least one, since those above are not enough.
     missing = jnp.ceil((target - mass(upper)) / jnp.where(last > 0, last, 1.0))
     missing = jnp.clip(missing, 1, (reached - above).astype(jnp.float32)).astype(jnp.int32)
-    counts = jnp.where(jnp.isfinite(total), above + missing, scores.shape[-1])
-    counts = jnp.where(total == 0, 0, counts)
-    return counts, jnp.where(counts <= reached, lower, 0)
+    broken = jnp.any(jnp.isnan(scores), axis=-1) | ~jnp.isfinite(total)
+    counts = jnp.where(broken, num_keys, above + missing)
+    return jnp.where(total == 0, 0, counts), lower
 
 
 def _best(patterns, counts, lower):
@@ -133,9 +139,11 @@ def _best(patterns, counts, lower):
     def reached(pivot):
         return jnp.sum(patterns >= pivot[:, None], axis=-1, dtype=jnp.int32)
 
-    lower = jnp.where(reached(lower) >= counts, lower, 0)
+    number = reached(lower)
+    low = number < counts  # the guess was too high: start from below all
+    lower, number = jnp.where(low, 0, lower), jnp.where(low, patterns.shape[-1], number)
     upper = jnp.max(patterns, axis=-1) + 1
-    lower = jnp.where(counts > 0, lower, upper)
+    lower, number = jnp.where(counts > 0, lower, upper), jnp.where(counts > 0, number, 0)
 
     def unfinished(state):
         lower, upper, number = state
@@ -148,7 +156,7 @@ def _best(patterns, counts, lower):
         enough = found >= counts
         return jnp.where(enough, middle, lower), jnp.where(enough, upper, middle), jnp.where(enough, found, number)
 
-    lower, _, number = jax.lax.while_loop(unfinished, halve, (lower, upper, reached(lower)))
+    lower, _, number = jax.lax.while_loop(unfinished, halve, (lower, upper, number))
     return _first_of_equals(patterns, counts, lower, number)
 
 
