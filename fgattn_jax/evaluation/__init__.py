@@ -1,0 +1,1 @@
+"""What skipping costs: picture quality, negligible shares, agreement of masks; pictures, tables, the study."""
