@@ -129,8 +129,8 @@ def _share_counts(scores, patterns, top_p):
     missing = jnp.ceil((target - mass(upper)) / jnp.where(last > 0, last, 1.0))
     missing = jnp.clip(missing, 1, (reached - above).astype(jnp.float32)).astype(jnp.int32)
     broken = jnp.any(jnp.isnan(scores), axis=-1) | ~jnp.isfinite(total)
-    counts = jnp.where(broken, num_keys, above + missing)
-    return jnp.where(total == 0, 0, counts), lower
+    counts = jnp.where(total == 0, 0, above + missing)
+    return jnp.where(broken, num_keys, counts), lower
 
 
 def _best(patterns, counts, lower):
