@@ -20,23 +20,39 @@ def blocks(document: Path) -> list[str]:
     return ["\n" * text[: match.start(1)].count("\n") + match[1] for match in BLOCK.finditer(text)]
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)], ids=lambda d: str(d.relative_to(ROOT)))
-def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in blocks(document):
-        exec(compile(block, document, "exec"), names)
+def run_block(block: str, document: Path, names: dict) -> None:
+    exec(compile(block, document, "exec"), names)
 
 
-def test_the_readme_example_is_short_and_attends(capsys, tmp_path, monkeypatch):
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = blocks(ROOT / "README.md")[0].strip()
-    assert len([line for line in first.splitlines() if line]) <= 12
+
+
+def test_readme_blocks_run_in_order(empty_folder, capsys):
+    readme = ROOT / "README.md"
+    first, *others = blocks(readme)
+    assert len([line for line in first.splitlines() if line]) <= 12, "the first example is twelve lines"
     names = {}
-    exec(first, names)
+    run_block(first, readme, names)
     assert names["out"].shape == (1, 1024, 8, 64)
     assert 0.05 < float(names["mask"].density()) < 0.95
     assert "runs: xla" in capsys.readouterr().out
+    assert len(others) >= 3
+    for block in others:
+        run_block(block, readme, names)
+    assert int(names["sparse_fn"].num_refreshes[...]) == 1
+    assert 0.0 < float(abs(names["sparse"] - names["dense"]).max()) < 0.2
+
+
+OTHERS = [document for document in DOCUMENTS if document.name != "README.md" and blocks(document)]
+
+
+@pytest.mark.parametrize("document", OTHERS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_blocks_of_other_documents_run_in_order(document, empty_folder):
+    names = {}
+    for block in blocks(document):
+        run_block(block, document, names)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
@@ -57,8 +73,7 @@ def modules_with_examples() -> list[str]:
 
 
 @pytest.mark.parametrize("name", modules_with_examples())
-def test_docstring_examples_run(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_docstring_examples_run(name, empty_folder):
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     failed, tried = doctest.testmod(importlib.import_module(name), optionflags=flags)
     assert failed == 0
