@@ -49,10 +49,28 @@ def unpack_words(words: UInt32[Array, "... W"], num_keys: int) -> Bool[Array, ".
 @functools.partial(jax.jit, static_argnames=("num_keys", "capacity"), inline=True)
 def list_keys(words: UInt32[Array, "... W"], num_keys: int, capacity: int) -> Int32[Array, "... C"]:
     """The first `capacity` kept keys of every row, ascending, filled up with `num_keys`."""
-    kept_so_far = jnp.cumsum(unpack_words(words, num_keys), axis=-1, dtype=jnp.int32)
-    places = jnp.arange(1, capacity + 1, dtype=jnp.int32)
-    find = jnp.vectorize(lambda sums: jnp.searchsorted(sums, places).astype(jnp.int32), signature="(s)->(c)")
-    return find(kept_so_far)
+    in_word = jax.lax.population_count(words).astype(jnp.int32)
+    # Sums over words, not over keys: 32 times fewer, and XLA's cumulative sums are slow on a CPU.
+    up_to_word = jnp.cumsum(in_word, axis=-1, dtype=jnp.int32)
+    places = jnp.arange(capacity, dtype=jnp.int32)
+    find = jnp.vectorize(lambda sums: jnp.searchsorted(sums, places, side="right"), signature="(w)->(c)")
+    word = find(up_to_word).astype(jnp.int32)  # the one that holds the key of each place; W behind the last key
+    inside = jnp.minimum(word, words.shape[-1] - 1)
+    before = jnp.take_along_axis(up_to_word - in_word, inside, axis=-1)
+    bit = _select_bit(jnp.take_along_axis(words, inside, axis=-1), places - before)
+    return jnp.where(word < words.shape[-1], word * WORD_BITS + bit, num_keys)
+
+
+def _select_bit(words: UInt32[Array, "..."], rank: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    """The place of the set bit that has `rank` set bits below it, by halving."""
+    place = jnp.zeros_like(rank)
+    for width in (16, 8, 4, 2, 1):
+        in_low_half = jax.lax.population_count(words & jnp.uint32((1 << width) - 1)).astype(jnp.int32)
+        above = rank >= in_low_half
+        rank = jnp.where(above, rank - in_low_half, rank)
+        words = jnp.where(above, words >> width, words)
+        place = place + jnp.where(above, width, 0)
+    return place
 
 
 @functools.partial(jax.jit, inline=True)

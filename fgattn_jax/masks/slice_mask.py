@@ -115,7 +115,7 @@ class SliceMask:
         )
 
     def to_indices(self, capacity: int | None = None) -> tuple[Int32[Array, "*B N R C"], Int32[Array, "*B N R"]]:
-        """The kept keys of every row, ascending, and how many they are; needs `4 * R * S` bytes a head on the way.
+        """The kept keys of every row, ascending, and how many they are.
 
         Args:
             capacity: Places per row (`C`). `None` takes the largest count, which only works outside `jit`.
