@@ -16,6 +16,9 @@ _COMMANDS = {
 
 _DESCRIPTION = "Fine-grained sparse attention for JAX: a mask keeps or skips slices of M neighbouring queries x 1 key."
 
+# Modules that only extras install.
+_EXTRAS = {"matplotlib": "demo", "imageio": "train", "skvideo": "train"}
+
 _EXAMPLES = """\
 examples:
   fgattn demo                                            pictures and figures into demo_output/
@@ -97,8 +100,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fgattn {command}: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None or args.traceback:
+            raise
+        message = f"this needs {error.name}, which is not installed: pip install 'fgattn-jax[{extra}]'"
     except (ValueError, UnsupportedError, OSError) as error:
         if args.traceback:
             raise
-        print(f"fgattn {command}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        message = _one_line(error)
+    print(f"fgattn {command}: error: {message}", file=sys.stderr)
+    return 2

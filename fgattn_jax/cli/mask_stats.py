@@ -115,11 +115,8 @@ def _print_stats(file: Path, stats: dict[str, Any]) -> None:
 
 
 def _plot(stats: dict[str, Any], path: Path) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("`--plot` needs matplotlib: pip install 'fgattn-jax[demo]', or leave `--plot` out") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
