@@ -62,6 +62,14 @@ def test_update_changes_one_branch_and_its_age(branch):
     assert cache.age.tolist() == ([1, 0] if number else [0, -1])
 
 
+def test_a_traced_branch_is_updated_and_read():
+    update = jax.jit(lambda cache, branch: cache.update(branch, make_masks(5)))
+    cache = update(make_cache(), 1)
+    assert cache.age.tolist() == [-1, 0]
+    assert (jax.jit(lambda cache, branch: cache.branch(branch).bits)(cache, 1) == 5).all()
+    assert not cache.branch(0).bits.any()
+
+
 def test_advance_ages_only_masks_that_were_made():
     assert make_cache().update(1, make_masks(1)).advance().advance().age.tolist() == [-1, 2]
 

