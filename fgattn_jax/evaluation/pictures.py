@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _INK = (32, 32, 32)
 _PAPER = (255, 255, 255)
+_FRAME = (70, 130, 200)
 _GAP = 4
 # Corner colours of a perceptually even dark-to-bright scale, joined by straight lines.
 _SCALE = np.array([(13, 8, 64), (84, 20, 125), (163, 44, 122), (226, 89, 82), (250, 163, 56), (248, 245, 150)], float)
@@ -141,7 +142,9 @@ def map_grid(
         y = top + line * (height + _GAP)
         draw.text((_GAP, y + height // 2), line_titles[line], fill=_INK, font=font, anchor="lm")
         for column, picture in enumerate(pictures):
-            canvas.paste(picture.convert("RGB"), (margin + column * (width + _GAP), y))
+            x = margin + column * (width + _GAP)
+            canvas.paste(picture.convert("RGB"), (x, y))
+            draw.rectangle((x - 1, y - 1, x + width, y + height), outline=_FRAME)
     return canvas
 
 
@@ -165,6 +168,7 @@ def heat_map(
     column_label: str,
     low: float = 0.0,
     high: float = 1.0,
+    line_names: Sequence[str] | None = None,
     cell: int = 24,
     numbers: bool = True,
 ) -> Image.Image:
@@ -173,10 +177,11 @@ def heat_map(
     Args:
         values: Numbers; NaN is "not there" (grey, no number).
         title: Line above the picture.
-        line_label: What lines are, e.g. "layer"; their numbers stand on the left.
+        line_label: What lines are, e.g. "layer".
         column_label: What columns are, e.g. "step"; their numbers stand on top.
         low: Value of the darkest colour.
         high: Value of the brightest colour.
+        line_names: What stands left of the lines; None is their numbers.
         cell: Pixels per line and, at least, per column.
         numbers: Whether to write the values (two digits) into the cells.
     """
@@ -185,17 +190,18 @@ def heat_map(
     wide = max(cell, 28) if numbers else cell
     margin, top, scale = 64, 66, 70
     lines, columns = values.shape
+    names = [str(line) for line in range(lines)] if line_names is None else line_names
     width = max(margin + columns * wide + scale, round(large.getlength(title)) + 3 * _GAP)
     canvas = Image.new("RGB", (width, top + max(lines * cell, 120) + 2 * _GAP), _PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((_GAP, 14), title, fill=_INK, font=large, anchor="lm")
     draw.text((margin + columns * wide // 2, 36), column_label, fill=_INK, font=font, anchor="mm")
-    draw.text((_GAP, top - 12), line_label, fill=_INK, font=font, anchor="lm")
+    draw.text((_GAP, 36), line_label, fill=_INK, font=font, anchor="lm")
     colours = heat_colours(values, low, high)
     step = max(1, -(-20 // wide))
     for line in range(lines):
         y = top + line * cell
-        draw.text((margin - 2 * _GAP, y + cell // 2), str(line), fill=_INK, font=font, anchor="rm")
+        draw.text((margin - 2 * _GAP, y + cell // 2), names[line], fill=_INK, font=font, anchor="rm")
         for column in range(columns):
             x = margin + column * wide
             if line == 0 and column % step == 0:
