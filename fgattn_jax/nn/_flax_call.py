@@ -73,4 +73,5 @@ def fold(
     size = 1
     for length in query.shape[:-3]:
         size *= length
-    return tuple(x.reshape(size, *x.shape[-3:]) for x in (query, key, value))
+    query, key, value = (x.reshape(size, *x.shape[-3:]) for x in (query, key, value))
+    return query, key, value

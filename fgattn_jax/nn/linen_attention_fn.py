@@ -140,8 +140,9 @@ class LinenSliceAttentionFn(nn.Module):
             step=None,
         )
         if not self.is_initializing():
-            for variable, new in zip((kept, *counters), state, strict=True):
-                variable.value = new
+            kept.value = state.mask
+            for counter, new in zip(counters, state[1:], strict=True):
+                counter.value = new
         return output.reshape(query.shape)
 
     def _check_collection(self) -> None:

@@ -277,8 +277,8 @@ def check_step(step: Any) -> None:
     is_integer = not isinstance(step, bool) and jnp.issubdtype(jnp.result_type(step), jnp.integer)
     if not is_integer or np.shape(step) != ():
         raise ValueError(f"expected one integer for `step`, got step={step!r}: give the number of the denoising step")
-    if not isinstance(step, jax.core.Tracer) and int(step) < 0:
-        raise ValueError(f"expected `step` >= 0, got step={int(step)}: steps count from 0")
+    if isinstance(step, int | np.integer) and step < 0:
+        raise ValueError(f"expected `step` >= 0, got step={step}: steps count from 0")
 
 
 def _size(name: str, value: Any) -> int:

@@ -236,11 +236,9 @@ class SliceAttention(nnx.Module):
             ValueError: There is neither a mask nor a predictor, or both, or the mask is for other heads.
         """
         self._check_mask(mask, None)
-        if self.attention_fn is None:
-            batch, num_queries, num_keys = mask.bits.shape[-4], mask.num_queries, mask.num_keys
-        else:
-            cache = self.attention_fn
-            batch, num_queries, num_keys = cache.batch, cache.num_queries, cache.num_keys
+        sizes = mask if isinstance(mask, SliceMask) else self._cache("explain")
+        batch = sizes.bits.shape[-4]
+        num_queries, num_keys = sizes.num_queries, sizes.num_keys
         dtype = jnp.dtype(self.param_dtype if self.dtype is None else self.dtype)
         query = jax.ShapeDtypeStruct((batch, num_queries, self.num_heads, self.head_dim), dtype)
         key = jax.ShapeDtypeStruct((batch, num_keys, self.num_kv_heads, self.head_dim), dtype)
