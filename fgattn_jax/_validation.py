@@ -20,7 +20,9 @@ def check_arrays(query: Array, key: Array, value: Array) -> None:
             raise ValueError(f"`{name}` must be an array, got {type(x).__name__}")
         if x.ndim != 4:
             axes = "[B, T, N, H]" if name == "query" else "[B, S, K, H]"
-            raise ValueError(f"`{name}` must have 4 axes {axes}, got shape={x.shape}; add a batch axis of size 1 if it is missing")
+            raise ValueError(
+                f"`{name}` must have 4 axes {axes}, got shape={x.shape}; add a batch axis of size 1 if it is missing"
+            )
     for name, x in named.items():
         if 0 in x.shape:
             raise ValueError(f"`{name}` must not be empty, got shape={x.shape}")
@@ -29,7 +31,8 @@ def check_arrays(query: Array, key: Array, value: Array) -> None:
     for axis, word in ((0, "batch"), (3, "head width")):
         if query.shape[axis] != key.shape[axis]:
             raise ValueError(
-                f"`query` and `key` must have the same {word} (axis {axis}), got query={query.shape} and key={key.shape}"
+                f"`query` and `key` must have the same {word} (axis {axis}), "
+                f"got query={query.shape} and key={key.shape}"
             )
     if query.shape[2] % key.shape[2]:
         raise ValueError(
@@ -38,7 +41,9 @@ def check_arrays(query: Array, key: Array, value: Array) -> None:
         )
     for name, x in named.items():
         if str(x.dtype) not in DTYPES:
-            raise ValueError(f"`{name}` must be one of {', '.join(DTYPES)}, got dtype={x.dtype}; convert it with `.astype`")
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(DTYPES)}, got dtype={x.dtype}; convert it with `.astype`"
+            )
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             f"`query`, `key` and `value` must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
@@ -60,7 +65,9 @@ def check_mask(mask: SliceMask, query: Array, key: Array) -> None:
         ("num_keys", mask.num_keys, key.shape[1]),
     ):
         if have != want:
-            raise ValueError(f"the mask is made for {name}={have}, but the arrays have {name}={want}; make a mask for these lengths")
+            raise ValueError(
+                f"the mask is made for {name}={have}, but the arrays have {name}={want}; make a mask for these lengths"
+            )
     if mask.bits.ndim != 4:
         raise ValueError(
             f"`mask.bits` must have 4 axes [B|1, N|1, R, W], got shape={mask.bits.shape}; take one layer of a stacked "
@@ -90,7 +97,8 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise ValueError(
-            f"`scale` must be a Python number or None, got {type(scale).__name__}; multiply `query` by a traced scale instead"
+            f"`scale` must be a Python number or None, got {type(scale).__name__}; "
+            "multiply `query` by a traced scale instead"
         )
     if not math.isfinite(scale):
         raise ValueError(f"`scale` must be finite, got scale={scale}")
@@ -101,5 +109,6 @@ def check_implementation(implementation: str | None) -> None:
     """Raise ValueError unless the name is known."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)} or None, got implementation={implementation!r}"
+            f"`implementation` must be one of {', '.join(IMPLEMENTATIONS)} or None, "
+            f"got implementation={implementation!r}"
         )

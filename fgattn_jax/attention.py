@@ -69,7 +69,9 @@ def attention(
     Example:
         >>> import jax, fgattn_jax
         >>> q = k = v = jax.random.normal(jax.random.key(0), (1, 256, 2, 32))
-        >>> mask = fgattn_jax.masks.local_window(256, 256, window=64, query_block=64)
+        >>> mask = fgattn_jax.masks.local_window(
+        ...     before=32, after=32, query_block=64, num_queries=256, num_keys=256
+        ... )
         >>> fgattn_jax.attention(q, k, v, mask).shape
         (1, 256, 2, 32)
 

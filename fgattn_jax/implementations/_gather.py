@@ -9,15 +9,21 @@ from jaxtyping import Array, Float, Int32, UInt32
 from fgattn_jax.masks._bits import WORD_BITS
 
 
-def select_keys(words: UInt32[Array, "P W"], ranks: Int32[Array, " C"]) -> Int32[Array, "P C"]:
+def running_counts(words: UInt32[Array, "P W"]) -> Int32[Array, "P W"]:
+    """Kept keys in each word and the words before it."""
+    return jnp.cumsum(jax.lax.population_count(words).astype(jnp.int32), axis=-1)
+
+
+def select_keys(
+    words: UInt32[Array, "P W"], cumulative: Int32[Array, "P W"], ranks: Int32[Array, " C"]
+) -> Int32[Array, "P C"]:
     """Return, for each row of words, the key numbers of the kept keys with the given ranks (0 is the first).
 
-    Two searches instead of a list of all keys: the word by bisection over running bit counts, then the bit inside the
-    word by halving. Cost and memory follow the ranks asked for. Ranks past a row's count give some number in
-    `0 .. 32 * W - 1`; the caller masks them.
+    `cumulative` is `running_counts(words)`. Two searches instead of a list of all keys: the word by bisection over
+    running counts, then the bit inside the word by halving. Cost and memory follow the ranks asked for. Ranks past a
+    row's count give some number in `0 .. 32 * W - 1`; the caller masks them.
     """
     num_rows, num_words = words.shape
-    cumulative = jnp.cumsum(jax.lax.population_count(words).astype(jnp.int32), axis=-1)
     flat_words, flat_cumulative = words.reshape(-1), cumulative.reshape(-1)
     base = (jnp.arange(num_rows, dtype=jnp.int32) * num_words)[:, None]
     word = jnp.zeros((num_rows, ranks.shape[0]), jnp.int32)
@@ -117,9 +123,7 @@ class RowLayout:
         kv_head = head // (self.num_heads // self.num_kv_heads)
         return (batch[:, None] * self.num_keys + keys) * self.num_kv_heads + kv_head[:, None]
 
-    def place(
-        self, slots: Int32[Array, " G"], query_order: Int32[Array, "B N T"] | None
-    ) -> Int32[Array, "B N T"]:
+    def place(self, slots: Int32[Array, " G"], query_order: Int32[Array, "B N T"] | None) -> Int32[Array, "B N T"]:
         """Where every query of every head stands in the tiles `[slot, M]`, given the slot of each flat row."""
         if query_order is None:
             position = jnp.arange(self.num_queries, dtype=jnp.int32)[None, None]
@@ -148,5 +152,3 @@ def schedule(counts: Int32[Array, " G"], rows_per_step: int) -> tuple[Int32[Arra
 def gather_rows(flat: Float[Array, "A H"], index: Int32[Array, "..."], dtype: jnp.dtype) -> Float[Array, "... H"]:
     """Rows of a flat list; the index is always inside (callers clamp)."""
     return jnp.take(flat, index, axis=0, mode="clip").astype(dtype)
-
-

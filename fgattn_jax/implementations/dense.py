@@ -71,5 +71,3 @@ def cudnn(
     return jax.lax.platform_dependent(
         query, key, value, cuda=fused, default=lambda *arrays: chunked(*arrays, scale=scale)[0]
     )
-
-

@@ -196,7 +196,9 @@ def _local(pair: KernelPair, scale: float, query_block: int, *operands: Array) -
     )
     split = [_split_heads(x, names, num_kv_heads) for x, names in zip(operands, forward.operands, strict=True)]
     single = tuple(
-        tuple(names in (_BITS, _ORDER) and name in "bkg" and size == 1 for name, size in zip(names, x.shape, strict=True))
+        tuple(
+            names in (_BITS, _ORDER) and name in "bkg" and size == 1 for name, size in zip(names, x.shape, strict=True)
+        )
         for names, x in zip(forward.operands, split, strict=True)
     )
     results = _core(pair, scale, query_block, single)(*split)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
-from fgattn_jax.implementations._gather import RowLayout, gather_rows, schedule, select_keys, vary_like
+from fgattn_jax.implementations._gather import RowLayout, gather_rows, running_counts, schedule, select_keys, vary_like
 from fgattn_jax.implementations.xla_config import XlaConfig, default_config
 
 
@@ -54,16 +54,17 @@ class _Step:
         self.rows = jnp.minimum(rows, layout.num_rows - 1)
         self.counts = jnp.where(rows < layout.num_rows, jnp.take(counts, self.rows, mode="clip"), 0)
         self.words = layout.mask_words(bits, self.rows)
+        self.cumulative = running_counts(self.words)
+        self.first = select_keys(self.words, self.cumulative, jnp.zeros((1,), jnp.int32))
         self.key, self.value = flat
 
     def tiles(self, start: Array, width: int, dtype: jnp.dtype) -> _Tiles:
         """Gather the kept keys with ranks `start .. start + width - 1`."""
         ranks = start + jnp.arange(width, dtype=jnp.int32)
-        keys = select_keys(self.words, ranks)
+        keys = select_keys(self.words, self.cumulative, ranks)
         kept = ranks < self.counts[:, None]
         # An entry past the count reads the row's first kept key: a key that this row may read in any case.
-        first = select_keys(self.words, jnp.zeros((1,), jnp.int32))
-        keys = jnp.minimum(jnp.where(kept, keys, first), self.layout.num_keys - 1)
+        keys = jnp.minimum(jnp.where(kept, keys, self.first), self.layout.num_keys - 1)
         index = self.layout.key_index(self.rows, keys)
         # A row without keys has no first key either: what it reads is zeroed, so that it can hold anything.
         some = (self.counts > 0)[:, None, None]

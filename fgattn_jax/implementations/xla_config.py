@@ -39,7 +39,7 @@ def default_config(platform: str, query_block: int) -> XlaConfig:
         return XlaConfig(
             rows_per_step=max(1, 512 // query_block),
             keys_per_step=256,
-            tail_keys_per_step=32,
+            tail_keys_per_step=64,
             dense_queries_per_step=128,
             upcast=True,
         )
