@@ -11,8 +11,8 @@ CHANNELS = 3
 class DiTConfig:
     """Sizes of a video diffusion transformer; wrong ones raise when the config is made.
 
-    The default is the shipped model: a clip of 16 frames of 64x64 pixels becomes 16x16x16 = 4096 tokens. Positions enter
-    only through rotary angles, so the same weights also take longer clips (32 frames: 8192 tokens).
+    The default is the shipped model: a clip of 16 frames of 64x64 pixels becomes 16x16x16 = 4096 tokens. Positions
+    enter only through rotary angles, so the same weights also take longer clips (32 frames: 8192 tokens).
 
     Attributes:
         width: channels of the residual stream.
@@ -77,7 +77,7 @@ class DiTConfig:
         for name, size, patch in zip(("frames", "height", "width"), (frames, height, width), self.patch, strict=True):
             if size < 1 or size % patch:
                 raise ValueError(
-                    f"A clip must hold whole patches: {name}={size} is not a multiple of {patch} (`patch`={self.patch})."
+                    f"A clip must hold whole patches: {name}={size} is not a multiple of {patch} (patch={self.patch})."
                 )
         return frames // self.patch[0], height // self.patch[1], width // self.patch[2]
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fgattn_jax.attention import attention, attention_with_lse
 from fgattn_jax.models.dit.config import CHANNELS
 
 
@@ -126,13 +127,11 @@ def slice_attention(query: Array, key: Array, value: Array, mask: Any = None, pr
     Raises:
         ValueError: both a mask and a predictor are given.
     """
-    import fgattn_jax
-
     if predictor is None:
-        return fgattn_jax.attention(query, key, value, mask), None
+        return attention(query, key, value, mask), None
     if mask is not None:
         raise ValueError("Give `masks` (reuse) or `predictor` (refresh), not both.")
     if predictor.needs_lse:
-        output, lse = fgattn_jax.attention_with_lse(query, key, value)
+        output, lse = attention_with_lse(query, key, value)
         return output, predictor(query, key, lse)
-    return fgattn_jax.attention(query, key, value), predictor(query, key, None)
+    return attention(query, key, value), predictor(query, key, None)

@@ -153,8 +153,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fgattn_jax.models.dit.train",
         description="Train the small video DiT by flow matching on real clips and generated scenes.",
-        epilog="Example, about 25 minutes on one H100: python -m fgattn_jax.models.dit.train --clips clips.npz --out run "
-        "--minutes 25. The folder then holds ema.safetensors (the model), checkpoint.safetensors (to go on with "
+        epilog="Example, 24 minutes on one H100: python -m fgattn_jax.models.dit.train --clips clips.npz --out run "
+        "--minutes 24. The folder then holds ema.safetensors (the model), checkpoint.safetensors (to go on with "
         "--resume), log.json (loss curve) and samples.png.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
