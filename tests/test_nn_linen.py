@@ -119,8 +119,7 @@ def test_steps_are_what_the_policy_says(policy, monkeypatch):
     assert changed == [kind == "refresh" for kind in kinds]
 
 
-def test_leading_axes_are_folded(monkeypatch):
-    show_paths(monkeypatch)
+def test_leading_axes_are_folded():
     layer = make()
     x = inputs(0, (3, 2, LENGTH, FEATURES))
     masks = fresh_masks(layer, x)
@@ -160,7 +159,7 @@ class TestRefusals:
     def test_bias_and_einsum(self):
         x = inputs(0, (BATCH, LENGTH, HEADS, WIDTH))
         sparse = LinenSliceAttentionFn(PositiveKeys())
-        with pytest.raises(UnsupportedError, match=r"`bias` of shape=\(1,\); nor `einsum_dot_general`"):
+        with pytest.raises(UnsupportedError, match=r"`bias` of shape=\(1,\).*; nor `einsum_dot_general`"):
             sparse.init(jax.random.key(0), x, x, x, jnp.zeros(1), einsum_dot_general=jax.lax.dot_general)
 
 
@@ -199,8 +198,20 @@ class TestWrongUse:
             layer.apply({"params": params, "slice_mask": masks}, inputs(0), mutable=["slice_mask"])
 
     def test_one_object_in_two_layers(self):
-        with pytest.raises(ValueError, match="one attention object per layer, got one called twice"):
+        with pytest.raises(ValueError, match="one attention object per layer, got one called twice by `init`"):
             jax.eval_shape(Shared().init, jax.random.key(0), inputs(0))
+
+    def test_one_layer_may_be_initialized_again_and_called_twice(self, monkeypatch):
+        show_paths(monkeypatch)
+        layer = make()
+        for _ in range(2):
+            masks = fresh_masks(layer, inputs(0))
+        variables = {"params": jax.eval_shape(layer.init, jax.random.key(0), inputs(0))["params"]}
+        variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), variables) | {"slice_mask": masks}
+        bound = layer.bind(variables, mutable=["slice_mask"])
+        bound(inputs(0))
+        bound(inputs(1))
+        assert int(bound.variables["slice_mask"]["attention_fn"]["num_steps"]) == 2
 
     @pytest.mark.parametrize(
         ("changes", "message"),

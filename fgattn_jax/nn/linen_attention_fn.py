@@ -146,14 +146,15 @@ class LinenSliceAttentionFn(nn.Module):
         return output.reshape(query.shape)
 
     def _check_collection(self) -> None:
-        # Linen shares by reference: one object in two layers is one set of variables, under the first layer's name.
-        if self.__dict__.get("_called_in") is self.scope:
-            raise ValueError(
-                f"expected one attention object per layer, got one called twice in a forward ({'/'.join(self.path)}): "
-                "two layers would share one mask; make a LinenSliceAttentionFn for each"
-            )
-        object.__setattr__(self, "_called_in", self.scope)
         if self.is_initializing():
+            # Linen shares by reference: one object in two layers is one set of variables. Only `init` is sure to run
+            # one forward; later a layer may well be called twice, for two steps.
+            if self.__dict__.get("_initialized_in") is self.scope.root:
+                raise ValueError(
+                    f"expected one attention object per layer, got one called twice by `init` ({'/'.join(self.path)}): "
+                    "layers would share its mask; make a LinenSliceAttentionFn for each"
+                )
+            object.__setattr__(self, "_initialized_in", self.scope.root)
             return
         # Made anew at every call, the mask would never be used: each step would refresh, dense, without a word.
         if not self.has_variable(COLLECTION, "mask"):
