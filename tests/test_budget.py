@@ -132,7 +132,7 @@ def test_kept_keys_are_added_to_every_row_and_not_counted():
 def test_selection_is_the_same_under_vmap():
     scores = jnp.asarray(dyadic_scores().reshape(7, 1, 200), jnp.float32)
     for budget in (Budget(threshold=0.5), Budget(top_p=0.5, min_keys=60)):
-        mapped = jax.vmap(lambda block, budget=budget: select(block, budget))(scores)
+        mapped = jax.jit(jax.vmap(lambda block, budget=budget: select(block, budget)))(scores)
         np.testing.assert_array_equal(mapped[:, 0], keep(scores[:, 0], budget))
 
 
