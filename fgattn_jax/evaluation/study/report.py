@@ -69,7 +69,8 @@ def _summary(rows: Sequence[Row]) -> list[str]:
     candidates = [
         row
         for row in rows
-        if row.get("statistic") == "mass"
+        if row.get("section") != "check"
+        and row.get("statistic") == "mass"
         and row.get("order") == "cubes"
         and row.get("query_block") == 64
         and row.get("steps") == 30

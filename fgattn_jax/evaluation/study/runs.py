@@ -44,6 +44,8 @@ def make_settings(
     """
     if (threshold is None) == (top_p is None):
         raise ValueError(f"expected one of `threshold` and `top_p`, got threshold={threshold} and top_p={top_p}")
+    if statistic not in STATISTICS:
+        raise ValueError(f"expected `statistic` to be one of {STATISTICS}, got statistic={statistic!r}")
     if not 1 <= num_steps <= MAX_STEPS:
         raise ValueError(f"expected `num_steps` in 1..{MAX_STEPS}, got num_steps={num_steps}")
     if not 0 <= dense_first < num_steps or (refresh_every is not None and refresh_every < 1):
