@@ -67,8 +67,8 @@ class ClipSet:
                 )
         sizes = np.array([clip.shape for clip in clips])
         padded = np.zeros((len(clips), *sizes.max(0)), np.uint8)
-        for slot, clip in zip(padded, clips, strict=True):
-            slot[: clip.shape[0], :, : clip.shape[2]] = clip
+        for number, clip in enumerate(clips):
+            padded[number, : clip.shape[0], :, : clip.shape[2]] = clip
         return cls(jnp.asarray(padded), jnp.asarray(sizes[:, 0], jnp.int32), jnp.asarray(sizes[:, 2], jnp.int32))
 
     @property
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=pathlib.Path, help="where to write the npz file")
     options = parser.parse_args(arguments)
     clips = decode_clips()
-    np.savez_compressed(options.out, **clips)
+    np.savez_compressed(options.out, allow_pickle=False, **clips)
     for name, clip in clips.items():
         print(f"{name}: {clip.shape[0]} frames of {clip.shape[1]}x{clip.shape[2]} pixels")
 

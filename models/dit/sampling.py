@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -143,6 +144,7 @@ def _run(state, noise, labels, guidance, *, graph, config, steps, solver, predic
     num_branches, batch = labels.shape
     kinds: tuple[StepKind, ...] = ("dense",) * steps if policy is None else policy.schedule(steps)
     ones = jnp.ones((config.num_layers,), jnp.float32)
+    dense_layers = (policy or RefreshPolicy()).dense_layer_flags(config.num_layers)
 
     def forward(x, t, label, **attention):
         return nnx.merge(graph, state)(x, jnp.full((batch,), t), label, **attention)
@@ -154,7 +156,7 @@ def _run(state, noise, labels, guidance, *, graph, config, steps, solver, predic
         velocity, new = jax.lax.map(lambda label: tuple(forward(x, t, label, predictor=predictor)), labels)
         for branch in range(num_branches):
             mask = jax.tree.map(lambda leaf, branch=branch: leaf[branch], new)
-            cache = cache.update(branch, _with_dense_layers(mask, policy.dense_layer_flags(config.num_layers)))
+            cache = cache.update(branch, _with_dense_layers(mask, dense_layers))
         return velocity, cache, ones
 
     def cached(x, t, cache):
@@ -188,7 +190,7 @@ def _run(state, noise, labels, guidance, *, graph, config, steps, solver, predic
 
         t = 1.0 - number.astype(jnp.float32) / steps
         x, (cache, densities) = _SOLVERS[solver](velocity, x, t, 1.0 / steps, (cache, []))
-        density = sum(densities) / len(densities)
+        density = jnp.mean(jnp.stack(densities), axis=0)
         if progress is not None:
             jax.debug.callback(functools.partial(_tell, progress), number, jnp.mean(density), ordered=True)
         return (x, None if cache is None else cache.advance()), density
