@@ -94,6 +94,35 @@ SMALL_CASES: tuple[AttentionCase, ...] = (
 """Every feature once, in sizes that the float64 oracle does in milliseconds."""
 
 
+def _large(name: str, why: str, density: float, **changes) -> AttentionCase:
+    shapes = {"num_queries": 4096, "num_keys": 4096, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
+    return AttentionCase(
+        f"{name}, density {density:g}", why, density=density, **(shapes | {"query_block": 64} | changes)
+    )
+
+
+_DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
+
+CPU_BENCHMARK_CASES: tuple[AttentionCase, ...] = (
+    *(_large("4096 tokens", "speed against density", density) for density in _DENSITIES),
+    *(_large("4096 tokens, M=128", "wider slices", density, query_block=128) for density in (0.05, 0.2)),
+    _large("4096 tokens, uneven rows", "load imbalance", 0.2, mask="uneven"),
+    _large("4096 tokens, query order", "rows gathered through an order", 0.2, ordered=True),
+)
+"""What `fgattn bench` measures on a CPU."""
+
+_WAN = {"num_heads": 12, "num_kv_heads": 12, "head_dim": 128, "query_block": 128, "dtype": "bfloat16"}
+_WAN |= {"num_queries": 32760, "num_keys": 32760}
+
+GPU_BENCHMARK_CASES: tuple[AttentionCase, ...] = (
+    *(_large("Wan 480p", "speed against density", density, **_WAN) for density in (0.1, 0.3, 0.5)),
+    _large("Wan 480p, M=64", "narrower slices", 0.3, **(_WAN | {"query_block": 64})),
+    _large("DiT 8192", "the shipped model's long clips", 0.3, dtype="bfloat16", num_heads=4, num_kv_heads=4,
+           num_queries=8192, num_keys=8192),
+)  # fmt: skip
+"""What `fgattn bench` measures on a GPU."""
+
+
 class CaseInputs(NamedTuple):
     """Inputs of a case: arrays, the mask, and the same mask as plain NumPy for the oracle."""
 

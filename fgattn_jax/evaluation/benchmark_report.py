@@ -1,0 +1,162 @@
+"""docs/benchmarks.md and the README's table, from data rows only."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fgattn_jax.evaluation.tables import Row, format_markdown
+
+README_MARKS = ("<!-- benchmarks:begin (written by `fgattn bench`; do not edit) -->", "<!-- benchmarks:end -->")
+
+_DENSE = ("jax_nn", "cudnn", "dense")
+
+
+def _runs(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of one device, commit and command together, in the order in which they came."""
+    runs: dict[tuple, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(tuple(row.get(k) for k in ("device", "jax", "commit", "date", "command")), []).append(row)
+    return list(runs.values())
+
+
+def _by_case(rows: Sequence[Row], bench: str) -> dict[str, list[Row]]:
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["bench"] == bench:
+            cases.setdefault(row["case"], []).append(row)
+    return cases
+
+
+def _spread(row: Row) -> str:
+    return f"{row['ms']:.4g} ({row['ms_p10']:.4g}-{row['ms_p90']:.4g})"
+
+
+def _baseline(rows: Sequence[Row]) -> Row:
+    """What ratios are against: `jax.nn` where it ran, else the fastest dense peer."""
+    dense = [row for row in rows if row["implementation"] in _DENSE]
+    named = [row for row in dense if row["implementation"] == "jax_nn"]
+    return named[0] if named else min(dense, key=lambda row: row["ms"])
+
+
+def attention_lines(rows: Sequence[Row]) -> list[list]:
+    """Lines of the attention table: case, implementation, density, time, rate, times faster than dense."""
+    lines = []
+    for case, members in _by_case(rows, "attention").items():
+        base = _baseline(members)
+        for row in members:
+            lines.append(
+                [
+                    case,
+                    row["implementation"],
+                    f"{row['density']:.3f}",
+                    _spread(row),
+                    f"{row['tflops']:.3g}",
+                    f"{base['ms'] / row['ms']:.2f}x {base['implementation']}",
+                ]
+            )
+    return lines
+
+
+def _is_even_case(row: Row) -> bool:
+    return row["case"].count(",") == 1  # "4096 tokens, density 0.2": nothing but the density changes
+
+
+def linearity(rows: Sequence[Row]) -> tuple[float, float, float] | None:
+    """Fit time = fixed + slope * kept share over the even random cases from 0.05 to 0.5 of `xla`.
+
+    Returns:
+        Fixed milliseconds, milliseconds at density 1, and the largest relative distance of a case from the line
+        (weighted fit of relative errors); None with fewer than three cases.
+    """
+    points = [
+        (row["density"], row["ms"])
+        for row in rows
+        if row["bench"] == "attention"
+        and row["implementation"] == "xla"
+        and row["mask"] == "random"
+        and row["density"] <= 0.51
+        and _is_even_case(row)
+    ]
+    if len(points) < 3:
+        return None
+    density, ms = np.array(points).T
+    columns = np.stack([np.ones_like(density), density], axis=1)
+    (fixed, slope), *_ = np.linalg.lstsq(columns / ms[:, None], np.ones_like(ms), rcond=None)
+    return float(fixed), float(slope), float(np.abs((fixed + slope * density) / ms - 1).max())
+
+
+def _bench_table(rows: Sequence[Row], bench: str) -> str:
+    lines = []
+    for case, members in _by_case(rows, bench).items():
+        base = next((r for r in members if r["implementation"] in _DENSE), members[-1])
+        if bench == "predictors":
+            base = _baseline(members)
+        lines += [
+            [case, r["implementation"], _spread(r), f"{r['ms'] / base['ms']:.3f} of {base['implementation']}"]
+            for r in members
+        ]
+    return format_markdown(["case", "program", "ms, median (10-90 %)", "time"], lines)
+
+
+def _section(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    parts = [
+        f"## {first['device']}, jax {first['jax']}",
+        f"Commit {first['commit']}, {first['date']}, `{first['command']}`, {first['rounds']} rounds.",
+    ]
+    if lines := attention_lines(rows):
+        parts += [
+            "### Attention",
+            "TFLOP/s count the kept slices only: `4 * B * N * T * S * H * density / time`.",
+            format_markdown(["case", "implementation", "density", "ms, median (10-90 %)", "TFLOP/s", "speed"], lines),
+        ]
+    if (fit := linearity(rows)) is not None:
+        fixed, slope, distance = fit
+        parts.append(
+            f"Time of `xla` over density from 0.05 to 0.5: {fixed:.1f} ms + {slope:.0f} ms x density; the farthest "
+            f"case lies {100 * distance:.0f} % from this line."
+        )
+    titles = {"gradient": "Forward and backward", "predictors": "Mask making"}
+    for bench, title in titles.items():
+        if any(row["bench"] == bench for row in rows):
+            parts += [f"### {title}", _bench_table(rows, bench)]
+    return "\n\n".join(parts)
+
+
+def render(rows: Sequence[Row], path: Path, *, rows_name: str) -> None:
+    """Write docs/benchmarks.md.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    if not rows:
+        raise ValueError(f"expected benchmark rows in {rows_name!r}, got none; run `fgattn bench` first")
+    head = (
+        "# Benchmarks\n\n"
+        f"Written by `fgattn bench --render-only` from `{rows_name}`; edit neither by hand. Every program passed the "
+        "float64 oracle before it was timed; the programs of a case took turns in every round, so that ratios inside a "
+        "table hold, while times of different runs cannot be compared."
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join([head, *map(_section, _runs(rows))]) + "\n")
+
+
+def update_readme(rows: Sequence[Row], path: Path) -> bool:
+    """Put one table between the marks of a README; False where the file or the marks are missing."""
+    begin, end = README_MARKS
+    if not path.exists() or begin not in (text := path.read_text()) or end not in text:
+        return False
+    tables = []
+    for members in _runs(rows):
+        lines = [line for line in attention_lines(members) if line[1] == "xla" and line[0].count(",") == 1]
+        if lines:
+            first = members[0]
+            table = format_markdown(
+                ["case", "implementation", "density", "ms, median (10-90 %)", "TFLOP/s", "speed"], lines
+            )
+            where = f"{first['device']}, jax {first['jax']}, commit {first['commit']}"
+            tables.append(f"{where} ([all rows](docs/benchmarks.md)):\n\n{table}")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    path.write_text(f"{before}{begin}\n\n" + "\n\n".join(tables) + f"\n\n{end}{after}")
+    return True
