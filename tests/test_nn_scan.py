@@ -1,13 +1,16 @@
 """Stacked layers and denoising loops: scans over layers and over steps give what plain loops give, in one trace."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen, nnx
 from nn_cases import BATCH, FEATURES, HEADS, LENGTH, PositiveKeys, inputs
 
-from fgattn_jax.nn import LinenSliceAttentionFn, NNXSliceAttentionFn, SliceMaskCache
+from fgattn_jax.nn import DenseLayerFlag, LinenSliceAttentionFn, NNXSliceAttentionFn, SliceMaskCache
 from fgattn_jax.predictors import RefreshPolicy
 
 LAYERS, STEPS = 3, 4
@@ -25,6 +28,10 @@ class NNXBlock(nnx.Module):
 
     def __call__(self, x):
         return x + self.attention(x)
+
+
+def sparse_of(block) -> NNXSliceAttentionFn:
+    return block.attention.attention_fn
 
 
 def nnx_stack():
@@ -50,8 +57,8 @@ def test_nnx_stack_in_nnx_scan_equals_single_layers():
     stack = nnx_stack()
     graph, state = nnx.split(stack)
     layers = [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(LAYERS)]
-    step = nnx.jit(chex.assert_max_traces(lambda stack, x: update(x, nnx_forward(stack, x)), n=1))
-    layer_step = nnx.jit(chex.assert_max_traces(lambda layer, x: layer(x), n=1))
+    step: Any = nnx.jit(chex.assert_max_traces(lambda stack, x: update(x, nnx_forward(stack, x)), n=1))
+    layer_step: Any = nnx.jit(chex.assert_max_traces(lambda layer, x: layer(x), n=1))
     x = y = inputs(0)
     for _ in range(STEPS):
         x = step(stack, x)
@@ -60,9 +67,9 @@ def test_nnx_stack_in_nnx_scan_equals_single_layers():
             y = layer_step(layer, y)
         y = update(before, y)
     chex.assert_trees_all_close(x, y, atol=1e-4)
-    sparse = stack.attention.attention_fn
+    sparse = sparse_of(stack)
     assert {name: getattr(sparse, name)[...].tolist() for name in EXPECTED} == EXPECTED
-    singles = [layer.attention.attention_fn for layer in layers]
+    singles = [sparse_of(layer) for layer in layers]
     np.testing.assert_array_equal(sparse.bits[...], jnp.stack([single.bits[...] for single in singles]))
     chex.assert_trees_all_close(sparse.density(), jnp.stack([single.density() for single in singles]))
     assert float(sparse.density()[1]) == 1.0
@@ -70,6 +77,7 @@ def test_nnx_stack_in_nnx_scan_equals_single_layers():
     assert sparse.mask.bits.shape == (LAYERS, BATCH, HEADS, 3, 4)
     sparse.reset()
     assert sparse.num_steps[...].tolist() == [0, 0, 0]
+    assert isinstance(sparse.dense, DenseLayerFlag)
     assert sparse.dense[...].tolist() == [False, True, False]
 
 
@@ -95,12 +103,12 @@ def test_nnx_stack_in_lax_scan_over_steps_is_traced_once():
     for seed in (0, 1):
         x, new_cache = denoise(params, cache, rest, inputs(seed))
         y = inputs(seed)
-        stack.attention.attention_fn.reset()
+        sparse_of(stack).reset()
         for _ in range(STEPS):
             y = step(stack, y)
         chex.assert_trees_all_close(x, y, atol=1e-4)
         nnx.update(stack, new_cache)
-        sparse = stack.attention.attention_fn
+        sparse = sparse_of(stack)
         assert {name: getattr(sparse, name)[...].tolist() for name in EXPECTED} == EXPECTED
 
 
@@ -157,3 +165,26 @@ def test_linen_scan_over_layers_in_lax_scan_over_steps_equals_single_layers():
     singles = [layer_masks["sparse"]["mask"].bits for _, layer_masks in layers]
     np.testing.assert_array_equal(kept["mask"].bits, jnp.stack(singles))
     assert kept["mask"].bits.shape == (LAYERS, BATCH, HEADS, 3, 4)
+
+
+@pytest.mark.slow
+def test_gradients_through_scanned_and_rematerialised_layers_equal_those_of_single_layers():
+    stack, cotangent = nnx_stack(), inputs(9)
+    nnx_forward(stack, inputs(0))  # masks for the cached step below
+    graph, params, rest = nnx.split(stack, nnx.Param, ...)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    @nnx.remat
+    def forward(block, x):
+        return block(x)
+
+    def scanned(params, x):
+        return jnp.vdot(forward(nnx.merge(graph, params, rest, copy=True), x), cotangent)
+
+    def unrolled(params, x):
+        for i in range(LAYERS):
+            x = nnx.merge(graph, *jax.tree.map(lambda leaf, i=i: leaf[i], (params, rest)))(x)
+        return jnp.vdot(x, cotangent)
+
+    got, expected = (jax.jit(jax.grad(loss, argnums=(0, 1)))(params, inputs(1)) for loss in (scanned, unrolled))
+    chex.assert_trees_all_close(jax.tree.leaves(got), jax.tree.leaves(expected), rtol=1e-3, atol=1e-3)

@@ -149,6 +149,7 @@ class LinenSliceAttentionFn(nn.Module):
         if self.is_initializing():
             # Linen shares by reference: one object in two layers is one set of variables. Only `init` is sure to run
             # one forward; later a layer may well be called twice, for two steps.
+            assert self.scope is not None  # inside a compact method
             if self.__dict__.get("_initialized_in") is self.scope.root:
                 raise ValueError(
                     f"expected one attention object per layer, got one called twice by `init` ({'/'.join(self.path)}): "
