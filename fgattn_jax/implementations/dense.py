@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from fgattn_jax.implementations.spec import CallSpec
 from fgattn_jax.implementations.xla_config import XlaConfig, default_config
 
+_LEAST_QUERIES = 16  # fewer would starve the products
+
 
 def _chunked(query, key, value, *, scale: float, config: XlaConfig):
     batch, num_queries, num_heads, width = query.shape
@@ -19,7 +21,8 @@ def _chunked(query, key, value, *, scale: float, config: XlaConfig):
     compute = jnp.dtype(jnp.float32) if config.upcast else query.dtype
     precision = jax.lax.Precision.HIGHEST if compute == jnp.float32 else None
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    step = min(config.dense_queries_per_step, num_queries)
+    fitting = config.dense_scores_per_step // (batch * num_heads * key.shape[1])
+    step = min(max(fitting, _LEAST_QUERIES), num_queries)
     missing = -num_queries % step
     query = jnp.pad(query, ((0, 0), (0, missing), (0, 0), (0, 0)))
     chunks = query.reshape(batch, -1, step, num_kv_heads, num_heads // num_kv_heads, width)
