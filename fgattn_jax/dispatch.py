@@ -85,15 +85,17 @@ def choose(spec: CallSpec, implementation: str | None) -> str:
         UnsupportedError: The named implementation cannot; the message lists every reason and what would work.
     """
     explanation = explain_spec(spec, implementation)
-    if explanation.implementation is None:
+    if implementation is not None and explanation.implementation is None:
         why = "; ".join(explanation.reasons[implementation])
         works = [name for name in IMPLEMENTATIONS if name not in explanation.reasons]
         raise UnsupportedError(
             f"implementation={implementation!r} cannot run this call: {why}. What would work: "
             f"{', '.join(f'implementation={n!r}' for n in works)}, or None for the fastest of them. Call: {spec}"
         )
-    _log_once(explanation.implementation, explanation.kernel, spec)
-    return explanation.implementation
+    chosen = explanation.implementation
+    assert chosen is not None, "`xla` runs every call"
+    _log_once(chosen, explanation.kernel, spec)
+    return chosen
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,26 +16,10 @@ from fgattn_jax.evaluation.cases import (
     make_inputs,
 )
 
-FIELDS = [
-    "bench",
-    "implementation",
-    "batch",
-    "heads",
-    "kv_heads",
-    "queries",
-    "keys",
-    "head_dim",
-    "query_block",
-    "dtype",
-    "density",
-    "ms",
-    "tflops",
-    "device",
-    "jax",
-    "commit",
-    "date",
-    "command",
-]
+FIELDS = (
+    *("bench", "implementation", "batch", "heads", "kv_heads", "queries", "keys", "head_dim", "query_block", "dtype"),
+    *("density", "ms", "tflops", "device", "jax", "commit", "date", "command"),
+)
 TINY = AttentionCase("tiny, density 0.3", "", num_queries=64, num_keys=64, head_dim=16, query_block=16)
 
 

@@ -86,8 +86,11 @@ def gate(case: AttentionCase, inputs: CaseInputs, output) -> float:
         AssertionError: The error is above the dtype's bound: such a program must not be timed.
     """
     queries = np.unique(np.linspace(0, case.num_queries - 1, _GATE_QUERIES).astype(int))
+    query, key, value = (np.asarray(x.astype(jnp.float32)) for x in (inputs.query, inputs.key, inputs.value))
     expected, _ = attention_oracle(
-        *(np.asarray(x.astype(jnp.float32)) for x in (inputs.query, inputs.key, inputs.value)),
+        query,
+        key,
+        value,
         inputs.rows,
         query_block=case.query_block,
         scale=case.scale,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,8 +94,8 @@ SMALL_CASES: tuple[AttentionCase, ...] = (
 """Every feature once, in sizes that the float64 oracle does in milliseconds."""
 
 
-def _large(name: str, why: str, density: float, **changes) -> AttentionCase:
-    shapes = {"num_queries": 4096, "num_keys": 4096, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
+def _large(name: str, why: str, density: float, **changes: Any) -> AttentionCase:
+    shapes: dict[str, Any] = {"num_queries": 4096, "num_keys": 4096, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
     return AttentionCase(
         f"{name}, density {density:g}", why, density=density, **(shapes | {"query_block": 64} | changes)
     )

@@ -50,8 +50,8 @@ def masked(
     rows_per_head = bits.shape[2]
     heads_first = [x.astype(jnp.float32).transpose(0, 2, 1, 3) for x in (query, key, value)]
     q, k, v = heads_first[0], *(jnp.repeat(x, groups, axis=1) for x in heads_first[1:])
-    if query_order is not None:
-        order = jnp.broadcast_to(query_order, (batch, num_heads, num_queries))
+    order = None if query_order is None else jnp.broadcast_to(query_order, (batch, num_heads, num_queries))
+    if order is not None:
         q = jnp.take_along_axis(q, order[..., None], axis=2)
     missing = rows_per_head * query_block - num_queries
     q = jnp.pad(q, ((0, 0), (0, 0), (0, missing), (0, 0))).reshape(batch, num_heads, rows_per_head, query_block, -1)
@@ -67,7 +67,7 @@ def masked(
     output, lse = jax.lax.map(row, (jnp.moveaxis(q, 2, 0), jnp.moveaxis(kept, 2, 0)))
     output = jnp.moveaxis(output, 0, 2).reshape(batch, num_heads, -1, q.shape[-1])[:, :, :num_queries]
     lse = jnp.moveaxis(lse, 0, 2).reshape(batch, num_heads, -1)[:, :, :num_queries]
-    if query_order is not None:
+    if order is not None:
         inverse = jnp.argsort(order, axis=-1)
         output = jnp.take_along_axis(output, inverse[..., None], axis=2)
         lse = jnp.take_along_axis(lse, inverse, axis=2)

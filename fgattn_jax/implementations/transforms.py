@@ -78,7 +78,7 @@ def _on_joined_heads(kernel: Kernel, signature: _Signature, has_order: bool, num
     """Wrap a kernel that knows `[B, T, N, H]` so that it takes and returns arrays with split heads."""
 
     def run(*operands):
-        joined = [_join_heads(x, axes) for x, axes in zip(operands, signature.operands, strict=True)]
+        joined: list[Array | None] = [_join_heads(x, axes) for x, axes in zip(operands, signature.operands, strict=True)]
         if not has_order:
             joined.insert(4, None)
         results = kernel(*joined)
@@ -201,8 +201,8 @@ def _local(pair: KernelPair, scale: float, query_block: int, *operands: Array) -
         )
         for names, x in zip(forward.operands, split, strict=True)
     )
-    results = _core(pair, scale, query_block, single)(*split)
-    return tuple(_join_heads(x, names) for x, names in zip(results, forward.results, strict=True))
+    output, lse = _core(pair, scale, query_block, single)(*split)
+    return _join_heads(output, _QUERY), _join_heads(lse, _LSE)
 
 
 def apply(

@@ -38,11 +38,11 @@ def _layout(query: Array, key: Array, query_block: int) -> RowLayout:
 
 
 class _Tiles(NamedTuple):
-    """One step's gathered keys, `[P, C, H]` each, their index in the flat list, and which entries are real."""
+    """One step's gathered keys, `[P, C, H]` each, their place in the flat list, and which entries are real."""
 
     key: Array
     value: Array
-    index: Array
+    place: Array
     kept: Array
 
 
@@ -171,7 +171,7 @@ def _backward(
             # Entries past the count add exact zeros to a key of their own row.
             new_key = einsum("pmc,pmh->pch", d_scores, tile_query)
             new_value = einsum("pmc,pmh->pch", weights.astype(compute), tile_d_output)
-            where = tiles.index.reshape(-1)
+            where = tiles.place.reshape(-1)
             d_key = d_key.at[where].add(new_key.reshape(-1, width), mode="drop")
             d_value = d_value.at[where].add(new_value.reshape(-1, width), mode="drop")
             return d_query, d_key, d_value
