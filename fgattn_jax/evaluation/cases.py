@@ -95,10 +95,9 @@ SMALL_CASES: tuple[AttentionCase, ...] = (
 
 
 def _large(name: str, why: str, density: float, **changes: Any) -> AttentionCase:
-    shapes: dict[str, Any] = {"num_queries": 4096, "num_keys": 4096, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
-    return AttentionCase(
-        f"{name}, density {density:g}", why, density=density, **(shapes | {"query_block": 64} | changes)
-    )
+    facts: dict[str, Any] = {"num_queries": 4096, "num_keys": 4096, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
+    facts |= {"query_block": 64} | changes
+    return AttentionCase(f"{name}, density {density:g}", why, density=density, **facts)
 
 
 _DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
@@ -111,7 +110,7 @@ CPU_BENCHMARK_CASES: tuple[AttentionCase, ...] = (
 )
 """What `fgattn bench` measures on a CPU."""
 
-_WAN = {"num_heads": 12, "num_kv_heads": 12, "head_dim": 128, "query_block": 128, "dtype": "bfloat16"}
+_WAN: dict[str, Any] = {"num_heads": 12, "num_kv_heads": 12, "head_dim": 128, "query_block": 128, "dtype": "bfloat16"}
 _WAN |= {"num_queries": 32760, "num_keys": 32760}
 
 GPU_BENCHMARK_CASES: tuple[AttentionCase, ...] = (

@@ -78,7 +78,9 @@ def _on_joined_heads(kernel: Kernel, signature: _Signature, has_order: bool, num
     """Wrap a kernel that knows `[B, T, N, H]` so that it takes and returns arrays with split heads."""
 
     def run(*operands):
-        joined: list[Array | None] = [_join_heads(x, axes) for x, axes in zip(operands, signature.operands, strict=True)]
+        joined: list[Array | None] = [
+            _join_heads(x, axes) for x, axes in zip(operands, signature.operands, strict=True)
+        ]
         if not has_order:
             joined.insert(4, None)
         results = kernel(*joined)
