@@ -196,7 +196,7 @@ def test_one_section_replaces_its_rows_and_keeps_the_others(weights, tmp_path):
     rows, _ = study(weights, tmp_path, "--only", "thresholds", "--rows-only")
     assert other in rows
     assert stale not in rows
-    assert sum(row["section"] == "thresholds" for row in rows) == 3
+    assert sum(row["section"] == "thresholds" for row in rows) == 5
     assert not (tmp_path / "study.md").exists()
 
 

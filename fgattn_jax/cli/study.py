@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, wanted: list[str], old: "list[Row]") -> "list[Row]":
     from fgattn_jax.evaluation import tables
     from fgattn_jax.evaluation.study.context import Context
-    from fgattn_jax.evaluation.study.sections import SECTIONS
+    from fgattn_jax.evaluation.study.sections import PARTS, SECTIONS
 
     model, check = load_model(args.weights)
     context = Context(
@@ -103,7 +103,8 @@ def _measure(args: argparse.Namespace, wanted: list[str], old: "list[Row]") -> "
     if args.commit:
         source["commit"] = args.commit
     sections = {**SECTIONS, "check": check}
-    finished = [] if args.resume else [row for row in old if row.get("section") not in wanted]
+    replaced = {part for name in wanted for part in (name, *PARTS.get(name, ()))}
+    finished = [] if args.resume else [row for row in old if row.get("section") not in replaced]
     stale = old if args.resume else []
     measured: list[Row] = []
 

@@ -84,6 +84,11 @@ class Context:
         return 6 if self.quick else 30
 
     @property
+    def usual(self) -> dict[str, int]:
+        """When sections make masks unless they vary it: after a few dense steps, and again half a run later."""
+        return {"dense_first": 1 if self.quick else 2, "refresh_every": self.steps // 2}
+
+    @property
     def labels(self) -> np.ndarray:
         """Label of every clip of a run."""
         return np.tile(np.arange(len(self.model.labels), dtype=np.int32), len(self.seeds))

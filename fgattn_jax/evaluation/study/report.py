@@ -19,8 +19,8 @@ with {seeds} seeds of noise), each compared with the dense run of the same noise
 mean over layers, heads, rows and the steps that ran under masks; *work* also counts dense and refresh steps, as 1. PSNR
 and SSIM compare clips clipped to [-1, 1] (range 2); SSIM uses a Gaussian window of 11 x 11 pixels and sigma 1.5, as
 scikit-image does with `gaussian_weights=True, use_sample_covariance=False`. *Worst* is the worst clip. Cached masks are
-made at step 0 and again in the middle of the run; refresh steps run dense. Quality is measured with a dense masked
-softmax, so that a whole sweep is one compiled program; the last section compares it with `fgattn_jax.attention`.
+made after {dense_first} dense steps and again half a run later; refresh steps run dense. Quality is measured with a dense
+masked softmax, so that a whole sweep is one compiled program; the last section compares it with `fgattn_jax.attention`.
 """
 
 
@@ -60,6 +60,7 @@ def _head(rows: Sequence[Row], rows_name: str) -> str:
         provenance=f"Measured on {'; '.join(machines)}: {'; '.join(commands)}.",
         steps=" and ".join(str(number) for number in sorted(steps)),
         clips=" or ".join(str(number) for number in sorted(clips)),
+        dense_first=max((row["dense_first"] for row in of_section(rows, "thresholds")), default="a few"),
         seeds=max(clips) // labels if labels else "several",
     )
 
@@ -115,32 +116,43 @@ def _describe(row: Row | None) -> str:
 
 
 def _thresholds(rows: Sequence[Row], images: Path, link: str) -> str:
-    mass = [row for row in rows if row["statistic"] == "mass"]
-    peak = [row for row in rows if row["statistic"] == "peak"]
-    curves = [("exact mass, share", mass), ("exact peak, threshold c/S", peak)]
+    names = {"mass": "exact mass, share", "peak": "exact peak, threshold c/S"}
+    first = max(row["dense_first"] for row in rows)
+    curves, tables = [], []
+    for statistic, name in names.items():
+        for dense_first in (first, 0):
+            own = [row for row in rows if row["statistic"] == statistic and row["dense_first"] == dense_first]
+            if own:
+                when = f"first {dense_first} steps dense" if dense_first else "masks from step 0"
+                curves.append((f"{name}; {when}", own))
+                column = "share" if statistic == "mass" else "c"
+                tables.append(f"{name[0].upper()}{name[1:]}, {when}:\n\n{quality_table(column, own)}")
     plots.quality_curves(images / "study_thresholds.png", curves, title="Cached masks, cubes, M = 64", bars=True)
     return (
         "## Thresholds\n\nCached masks over the share of the mass that is kept, and over the threshold `c / S` on the "
         f"largest probability of a slice (FG-Attn's rule; its default is 0.5).\n\n![PSNR over density]({link}"
-        "study_thresholds.png)\n\n"
-        + quality_table("share of the mass", mass)
-        + "\n\n"
-        + quality_table("threshold c", peak)
+        "study_thresholds.png)\n\n" + "\n\n".join(tables)
     )
 
 
 def _refresh(rows: Sequence[Row], images: Path, link: str) -> str:
-    plain = [row for row in rows if not row["dense_first"]]
-    panels = []
+    cases = []
     for statistic, what in (("mass", "exact mass 0.95"), ("peak", "exact peak 0.5/S")):
+        for dense_first in sorted({row["dense_first"] for row in rows}, reverse=True):
+            own = [row for row in rows if row["statistic"] == statistic and row["dense_first"] == dense_first]
+            if own:
+                when = f"first {dense_first} steps dense" if dense_first else "masks from step 0"
+                cases.append((f"{what}; {when}", own))
+    panels = []
+    for title, own in cases:
         points = sorted(
             (row["refresh_every"] or row["steps"], row["psnr"], row["psnr_least"])
-            for row in plain
-            if row["statistic"] == statistic and row["density"] is not None
+            for row in own
+            if row["density"] is not None
         )
         if points:
             periods, psnr, least = (list(part) for part in zip(*points, strict=True))
-            panels.append((what, [("mean", periods, psnr), ("worst clip", periods, least)]))
+            panels.append((title, [("mean", periods, psnr), ("worst clip", periods, least)]))
     text = (
         "## Refresh\n\nHow many steps masks are kept. Period 1 is dense at every step: exact masks are made from dense "
         "scores."
@@ -154,34 +166,58 @@ def _refresh(rows: Sequence[Row], images: Path, link: str) -> str:
     def period(row: Row) -> str:
         return "once" if row["refresh_every"] is None else f"every {row['refresh_every']}"
 
-    for statistic, what in (("mass", "exact mass 0.95"), ("peak", "exact peak 0.5/S")):
-        chosen = [row for row in plain if row["statistic"] == statistic]
-        if chosen:
-            text += "\n\n" + quality_table(what, chosen, key=period, sort=False)
-    late = [row for row in rows if row["dense_first"]]
-    if late:
-        late = sorted(late, key=lambda row: (row["value"], row["refresh_every"] or 99, row["dense_first"]))
-        text += "\n\nMasks made later, after some dense steps (share of the mass, refresh, dense steps):\n\n"
-        text += quality_table(
-            "setting", late, key=lambda row: f"{row['value']:g}, {period(row)}, {row['dense_first']}", sort=False
-        )
+    for title, own in cases:
+        ordered = sorted(own, key=lambda row: row["refresh_every"] or row["steps"])
+        text += f"\n\n{title[0].upper()}{title[1:]}:\n\n" + quality_table("refresh", ordered, key=period, sort=False)
     return text
 
 
-def _orders(rows: Sequence[Row], images: Path, link: str) -> str:
-    names = list(dict.fromkeys(row["order"] for row in rows))
-    curves = [(name, [row for row in rows if row["order"] == name]) for name in names]
-    plots.quality_curves(images / "study_orders.png", curves, title="Query orders, exact mass, M = 64", bars=True)
-    densities = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
-    lines = [[f"{target:g}", *(interpolate(own, target) for _, own in curves)] for target in densities]
+def _first_masks(rows: Sequence[Row], images: Path, link: str) -> str:
+    firsts = sorted({row["dense_first"] for row in rows})
+    curves = [(f"first {first} steps dense", [row for row in rows if row["dense_first"] == first]) for first in firsts]
+    plots.quality_curves(
+        images / "study_first_masks.png", curves, title="When the first masks are made: exact mass", bars=True
+    )
+    ordered = sorted(rows, key=lambda row: (row["dense_first"], row["value"]))
     return (
+        "## The first masks\n\nThe same masks and refresh period after some dense steps. An error at the first steps "
+        "sends a clip elsewhere, and every dense step costs `work`.\n\n"
+        f"![PSNR over density by dense first steps]({link}study_first_masks.png)\n\n"
+        + quality_table(
+            "dense steps, share", ordered, key=lambda row: f"{row['dense_first']}, {row['value']:g}", sort=False
+        )
+    )
+
+
+def _orders(rows: Sequence[Row], images: Path, link: str) -> str:
+    text = (
         "## Query orders\n\nThe same rule with rows of queries that are neighbours in the clip in different ways. Keys "
         "stay where they are: an order costs nothing at run time. PSNR (dB) at equal density, by straight lines "
-        "between measured points; empty where the density was not reached.\n\n"
-        + format_markdown(["density", *names], lines)
-        + f"\n\n![PSNR over density by query order]({link}study_orders.png)\n\n"
-        + quality_table("order, share", rows, key=lambda row: f"{row['order']}, {row['value']:g}", sort=False)
+        "between measured points; empty where the density was not reached."
     )
+    densities = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+    for block in sorted({row["query_block"] for row in rows}):
+        own = [row for row in rows if row["query_block"] == block]
+        names = list(dict.fromkeys(row["order"] for row in own))
+        curves = [(name, [row for row in own if row["order"] == name]) for name in names]
+        picture = f"study_orders_{block}.png"
+        plots.quality_curves(images / picture, curves, title=f"Query orders, exact mass, M = {block}", bars=True)
+        lines = [[f"{target:g}", *(interpolate(curve, target) for _, curve in curves)] for target in densities]
+        text += (
+            f"\n\nM = {block}:\n\n![PSNR over density by query order]({link}{picture})\n\n"
+            + format_markdown(["density", *names], lines)
+            + "\n\n"
+            + quality_table("order, share", own, key=lambda row: f"{row['order']}, {row['value']:g}", sort=False)
+        )
+        same = [name for name, curve in curves if name != "cubes" and _equal(curve, dict(curves).get("cubes", []))]
+        if same:
+            text += f"\n\nOn this grid {' and '.join(same)} put the same {block} queries into a row as cubes do."
+    return text
+
+
+def _equal(first: Sequence[Row], second: Sequence[Row]) -> bool:
+    """Whether two curves hold the same densities to three digits: rows of the same queries in another order."""
+    return bool(first) and [round(row["density"], 3) for row in first] == [round(row["density"], 3) for row in second]
 
 
 def interpolate(rows: Sequence[Row], density: float) -> float | None:
@@ -265,6 +301,7 @@ _RENDERERS: dict[str, Callable[[Sequence[Row], Path, str], str]] = {
     "agreement": report_masks.agreement,
     "thresholds": _thresholds,
     "refresh": _refresh,
+    "first masks": _first_masks,
     "orders": _orders,
     "mean query": _mean_query,
     "sampling steps": _sampling_steps,

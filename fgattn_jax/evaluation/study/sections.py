@@ -100,44 +100,51 @@ def mask_agreement(context: Context) -> Iterator[Row]:
 
 
 def thresholds(context: Context) -> Iterator[Row]:
-    """Quality and density over the threshold on the peak and over the share of the mass; cached masks."""
-    half = context.steps // 2
-    for theta in (0.95, 0.9) if context.quick else (0.95, 0.97, 0.98, 0.99, 0.995, 0.925, 0.9, 0.85, 0.8):
-        yield context.point("thresholds", statistic="mass", rule="top_p", value=theta, refresh_every=half)
-    for c in (0.5,) if context.quick else (0.5, 0.1, 0.2, 0.3, 0.4, 0.7, 1.0, 2.0, 4.0, 8.0):
-        yield context.point("thresholds", statistic="peak", rule="threshold", value=c, refresh_every=half)
+    """Quality and density over the share of the mass and over the threshold on the peak; cached masks."""
+    from_start = {**context.usual, "dense_first": 0}
+    for when in (context.usual, from_start):
+        for theta in (0.95, 0.9) if context.quick else (0.95, 0.97, 0.98, 0.99, 0.995, 0.925, 0.9, 0.85, 0.8):
+            yield context.point("thresholds", statistic="mass", rule="top_p", value=theta, **when)
+    for when in (context.usual,) if context.quick else (context.usual, from_start):
+        for c in (0.5,) if context.quick else (0.5, 0.1, 0.2, 0.3, 0.4, 0.7, 1.0, 2.0, 4.0, 8.0):
+            yield context.point("thresholds", statistic="peak", rule="threshold", value=c, **when)
 
 
 def orders(context: Context) -> Iterator[Row]:
     """Raster, cube and Hilbert query orders over shares of the mass, to be compared at equal density."""
     values = (0.95,) if context.quick else (0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99)
-    for order in ("raster", "hilbert", "cubes", *(() if context.quick else ("cubes_2x8x4", "morton"))):
-        for theta in values:
-            yield context.point("orders", order=order, value=theta, refresh_every=context.steps // 2)
+    cases = {64: ("raster", "hilbert", "cubes", "cubes_2x8x4"), 128: ("raster", "hilbert", "cubes", "cubes_2x8x8")}
+    for block in (64,) if context.quick else (64, 128):
+        for order in cases[block]:
+            for theta in values:
+                yield context.point("orders", order=order, query_block=block, value=theta, **context.usual)
 
 
 def refresh(context: Context) -> Iterator[Row]:
-    """How long masks may be kept: refresh periods from every step to once in a run."""
+    """How long masks may be kept, and how much it matters when the first ones are made."""
     periods = (2, 3) if context.quick else (15, 1, 2, 3, 5, 8, 10, None)
-    for every in periods:
-        yield context.point("refresh", value=0.95, refresh_every=every)
+    first = context.usual["dense_first"]
+    for dense_first in (first,) if context.quick else (first, 0):
+        for every in periods:
+            yield context.point("refresh", value=0.95, refresh_every=every, dense_first=dense_first)
     if context.quick:
         return
     for every in periods:
-        yield context.point("refresh", statistic="peak", rule="threshold", value=0.5, refresh_every=every)
-    # Masks of the first, noisiest steps are the worst ones: what if they are never made?
-    for dense_first in (1, 2, 3, 5, 8):
-        for theta in (0.9, 0.95):
-            yield context.point("refresh", value=theta, refresh_every=None, dense_first=dense_first)
-            yield context.point("refresh", value=theta, refresh_every=15, dense_first=dense_first)
+        yield context.point(
+            "refresh", statistic="peak", rule="threshold", value=0.5, refresh_every=every, dense_first=first
+        )
+    # Noise decides where a clip goes: what are masks worth that are not used, or not made, at the first steps?
+    for dense_first in (0, 1, 2, 3, 5, 8):
+        for theta in (0.9, 0.95, 0.97, 0.99, 0.995):
+            yield context.point("first masks", value=theta, refresh_every=15, dense_first=dense_first)
 
 
 def mean_query(context: Context) -> Iterator[Row]:
     """Masks from the mean query: made at every step and used at once, or cached as exact ones are."""
-    shares_kept = (0.95,) if context.quick else (0.8, 0.9, 0.95, 0.97, 0.99)
-    values = (0.1,) if context.quick else (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    shares_kept = (0.95,) if context.quick else (0.8, 0.9, 0.95, 0.97, 0.99, 0.995)
+    values = (0.1,) if context.quick else (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     points = [("top_p", value) for value in shares_kept] + [("threshold", value) for value in values]
-    for every, dense in ((1, False), (context.steps // 2, True)):
+    for every, dense in ((1, False), (context.usual["refresh_every"], True)):
         for rule, value in points:
             yield context.point(
                 "mean query",
@@ -145,6 +152,7 @@ def mean_query(context: Context) -> Iterator[Row]:
                 rule=rule,
                 value=value,
                 refresh_every=every,
+                dense_first=context.usual["dense_first"],
                 dense_at_refresh=dense,
             )
 
@@ -178,23 +186,18 @@ def block_sizes(context: Context) -> Iterator[Row]:
     """Queries per slice from 16 to 128 over shares of the mass."""
     for block in (32,) if context.quick else (16, 32, 64, 128):
         for theta in (0.95,) if context.quick else (0.9, 0.925, 0.95, 0.97, 0.99):
-            yield context.point("block sizes", query_block=block, value=theta, refresh_every=context.steps // 2)
+            yield context.point("block sizes", query_block=block, value=theta, **context.usual)
 
 
 def long_clips(context: Context) -> Iterator[Row]:
     """Clips of twice the length: 8192 tokens instead of 4096."""
     if context.quick:
         return
-    for theta in (0.95, 0.9, 0.97, 0.99):
-        yield context.point("long clips", frames=2 * context.frames, value=theta, refresh_every=context.steps // 2)
-    yield context.point(
-        "long clips",
-        frames=2 * context.frames,
-        statistic="peak",
-        rule="threshold",
-        value=0.5,
-        refresh_every=context.steps // 2,
-    )
+    frames = 2 * context.frames
+    for theta in (0.95, 0.9, 0.97, 0.99, 0.995):
+        yield context.point("long clips", frames=frames, value=theta, **context.usual)
+    for c in (0.5, 0.2):
+        yield context.point("long clips", frames=frames, statistic="peak", rule="threshold", value=c, **context.usual)
 
 
 def spread(context: Context) -> Iterator[Row]:
@@ -214,7 +217,7 @@ def spread(context: Context) -> Iterator[Row]:
                 statistic=statistic,
                 threshold=value / len(indices) if rule == "threshold" else None,
                 top_p=value if rule == "top_p" else None,
-                refresh_every=max(1, num_steps // 2),
+                **context.usual,
             )
             counts = np.asarray(context.run(settings, query_block=64, frames=frames).counts)  # [L, B, N, R]
             for layer, measured in [("all", counts), *enumerate(counts)]:
@@ -244,6 +247,8 @@ SECTIONS: dict[str, Callable[[Context], Iterator[Row]]] = {
     "spread": spread,
 }
 """Sections in the order they run: those that others lean on first."""
+PARTS: dict[str, tuple[str, ...]] = {"refresh": ("first masks",)}
+"""Rows of a section that the report shows under another name."""
 
 
 def _probe_shares(query_order: jax.Array, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
