@@ -32,10 +32,14 @@ test:
 test-slow:
 	@venv=$$(sh scripts/venv.sh test,demo) && "$$venv/bin/python" -m pytest -n $(WORKERS) -m slow $(ARGS)
 
+# All four run, whatever the first ones find.
 lint:
-	@venv=$$(sh scripts/venv.sh test,demo,dev) && set -x && \
-	"$$venv/bin/ruff" format --check && "$$venv/bin/ruff" check && \
-	"$$venv/bin/lint-imports" && "$$venv/bin/pyright" --pythonpath "$$venv/bin/python"
+	@venv=$$(sh scripts/venv.sh test,demo,dev) || exit 1; status=0; set -x; \
+	"$$venv/bin/ruff" format --check || status=1; \
+	"$$venv/bin/ruff" check || status=1; \
+	"$$venv/bin/lint-imports" || status=1; \
+	"$$venv/bin/pyright" --pythonpath "$$venv/bin/python" || status=1; \
+	exit $$status
 
 format:
 	@venv=$$(sh scripts/venv.sh test,demo,dev) && "$$venv/bin/ruff" format && "$$venv/bin/ruff" check --fix
