@@ -69,7 +69,8 @@ def lines(
         axes.set(title=title, xlabel=x_label)
         if y_limits is not None:
             axes.set_ylim(*y_limits)
-        axes.legend(fontsize=8)
+        # Below the plot: lines fill all of it.
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     all_axes[0].set_ylabel(y_label)
     _save(figure, path)
 
@@ -104,7 +105,7 @@ def _figure(panels: int, width: float | None = None) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("The plots of the study need matplotlib: pip install 'fgattn-jax[demo]'") from error
-    figure = Figure(figsize=(width or (6.5 if panels == 1 else 4.6 * panels), 4.0), layout="constrained")
+    figure = Figure(figsize=(width or (6.5 if panels == 1 else 4.6 * panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(1, panels, squeeze=False)[0]
     for axes in all_axes:

@@ -93,7 +93,7 @@ def agreement(rows: Sequence[Row], images: Path, link: str) -> str:
                 steps = entries[0][1]
                 entries.append((f"random (step {first})", steps, [_mean(own, first, s, "iou_random") for s in steps]))
             panels.append((f"{title}, {rule}", entries))
-        plots.lines(images / f"study_agreement_{statistic}.png", panels, x_label="step", y_label="share")
+        plots.lines(images / f"study_agreement_{statistic}.png", panels, x_label="step", y_label="share of 1")
         last = max(row["step"] for row in own)
         for reference in references:
             for step in sorted({min(reference + 1, last), min(reference + 5, last), min(reference + 14, last), last}):
