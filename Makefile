@@ -34,7 +34,7 @@ test-slow:
 
 # All four run, whatever the first ones find.
 lint:
-	@venv=$$(sh scripts/venv.sh test,demo,dev) || exit 1; status=0; set -x; \
+	@venv=$$(sh scripts/venv.sh test,demo,train,dev) || exit 1; status=0; set -x; \
 	"$$venv/bin/ruff" format --check || status=1; \
 	"$$venv/bin/ruff" check || status=1; \
 	"$$venv/bin/lint-imports" || status=1; \
@@ -42,7 +42,7 @@ lint:
 	exit $$status
 
 format:
-	@venv=$$(sh scripts/venv.sh test,demo,dev) && "$$venv/bin/ruff" format && "$$venv/bin/ruff" check --fix
+	@venv=$$(sh scripts/venv.sh test,demo,train,dev) && "$$venv/bin/ruff" format && "$$venv/bin/ruff" check --fix
 
 study:
 	@venv=$$(sh scripts/venv.sh demo) && "$$venv/bin/fgattn" study $(ARGS)
@@ -52,4 +52,4 @@ bench:
 
 clean:
 	rm -rf .venv-3.* build dist demo_output .pytest_cache .ruff_cache
-	find fgattn_jax pallas_kernels xla_ffi models tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fgattn_jax pallas_kernels xla_ffi models tests -name __pycache__ -type d -prune -exec rm -rf {} +
