@@ -20,6 +20,14 @@ NAMED = {case.name: case for case in SMALL_CASES}
 run = jax.jit(attention_with_lse, static_argnames=("scale", "implementation"))
 
 
+def assert_same_gradients(first, second):
+    """Bit-equal on a CPU; on a GPU `xla` adds key and value gradients with atomics, in no fixed order."""
+    if jax.default_backend() == "cpu":
+        chex.assert_trees_all_equal(first, second)
+    else:
+        chex.assert_trees_all_close(first, second, rtol=1e-5, atol=1e-5)
+
+
 def oracle_of(case, inputs):
     return attention_oracle(
         inputs.query, inputs.key, inputs.value, inputs.rows,
@@ -124,7 +132,8 @@ def test_skipped_keys_and_values_are_never_read(name: str, poison: float, implem
 
     clean, poisoned = both(inputs.key, inputs.value), both(key, value)
     chex.assert_tree_all_finite(poisoned)
-    chex.assert_trees_all_equal(clean, poisoned)
+    chex.assert_trees_all_equal(clean[0], poisoned[0])
+    assert_same_gradients(clean[1], poisoned[1])
 
 
 @by_implementation
@@ -202,7 +211,9 @@ def test_two_runs_are_bit_equal(name: str, implementation: str):
         output, vjp = jax.vjp(f, query, key, value)
         return output, vjp(output)
 
-    chex.assert_trees_all_equal(*(both(inputs.query, inputs.key, inputs.value) for _ in range(2)))
+    first, second = (both(inputs.query, inputs.key, inputs.value) for _ in range(2))
+    chex.assert_trees_all_equal(first[0], second[0])
+    assert_same_gradients(first[1], second[1])
 
 
 @by_implementation
@@ -212,7 +223,8 @@ def test_a_full_mask_equals_dense_attention(implementation: str):
     masked = run(inputs.query, inputs.key, inputs.value, inputs.mask, implementation=implementation)
     dense = run(inputs.query, inputs.key, inputs.value, implementation=implementation)
     chex.assert_trees_all_close(masked, dense, atol=5e-6)
-    theirs = jax.nn.dot_product_attention(inputs.query, inputs.key, inputs.value)
+    with jax.default_matmul_precision("highest"):  # GPUs would take TF32
+        theirs = jax.nn.dot_product_attention(inputs.query, inputs.key, inputs.value)
     chex.assert_trees_all_close(dense.output, theirs, atol=5e-6)
 
 

@@ -50,7 +50,7 @@ def test_a_config_checks_itself(changes, message):
         "rows_per_step": 8,
         "keys_per_step": 256,
         "tail_keys_per_step": 64,
-        "dense_queries_per_step": 128,
+        "dense_scores_per_step": 2**20,
         "upcast": True,
     }
     with pytest.raises(ValueError, match=message):
