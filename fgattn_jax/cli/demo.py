@@ -9,8 +9,8 @@ from typing import Any
 _PREDICTORS = ("exact-mass", "exact", "mean-query")
 _LABELS = ("bunny", "bikes", "carphone", "scene")
 _FRAMES = (16, 32)
-_STEPS_CPU, _STEPS_DEVICE, _STEPS_QUICK = 14, 30, 4
-_THETA = 0.95
+_STEPS_CPU, _STEPS_DEVICE, _STEPS_QUICK = 12, 30, 4
+_THETA = 0.97
 _TAU = {"exact": 0.5, "mean-query": 0.1}
 
 _EPILOG = """\
@@ -49,7 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help=f"Euler steps (default: {_STEPS_CPU} on a CPU, {_STEPS_DEVICE} elsewhere)",
     )
-    parser.add_argument("--label", choices=_LABELS, default="bikes", help="class of the clip (default: %(default)s)")
+    parser.add_argument("--label", choices=_LABELS, default="carphone", help="class of the clip (default: %(default)s)")
     parser.add_argument("--frames", type=int, choices=_FRAMES, default=16, help="16: 4096 tokens; 32: 8192")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: %(default)s)")
     parser.add_argument(

@@ -61,7 +61,8 @@ def negligible(rows: Sequence[Row], images: Path, link: str) -> str:
         "## Negligible blocks and slices\n\nThe paper's table 2 on this model: the share of blocks (queries x keys) "
         "whose largest probability is below `0.5 / S`, mean over layers, heads, steps and "
         f"{rows[0]['clips']} clips of the dense run; {rows[0]['tokens']} tokens. In cube order the queries, and for "
-        "blocks the keys, of a 4x4x4 cube of tokens stand together.\n\n"
+        "blocks the keys, of a 4x4x4 cube of tokens stand together. The paper (arXiv 2509.16518) finds 5.5 % of "
+        "128x128 blocks, 22.8 % of 64x64 blocks and about 55 % of 128x1 slices negligible, on its larger models.\n\n"
         f"![Negligible shares]({link}study_negligible.png)\n\n"
         + format_markdown(["shape", "order", "negligible", "first third", "middle third", "last third"], lines)
         + "\n\nBy layer, in percent:\n\n"
