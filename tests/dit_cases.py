@@ -9,6 +9,7 @@ from flax import nnx
 
 from fgattn_jax.models.dit import DiT, DiTConfig
 from fgattn_jax.models.dit.data import REAL_CLIPS
+from fgattn_jax.models.dit.weights import leaf_name, materialize
 
 TINY = DiTConfig(
     width=32, num_layers=2, num_heads=2, head_dim=16, num_frames=4, height=16, width_pixels=16, time_features=32
@@ -19,17 +20,23 @@ TINY = DiTConfig(
 @functools.cache
 def make_model(**settings: Any) -> DiT:
     """A tiny model whose gates, gains and output are not at zero and one, so that every part counts; shared."""
-    model = new_model(**settings)
-    leaves, structure = jax.tree.flatten(nnx.state(model, nnx.Param))
+    # NumPy and abstract shapes: the real initialisation takes seconds to compile.
+    abstract = nnx.eval_shape(lambda: DiT(TINY, rngs=nnx.Rngs(0), **settings))
+    graph, shapes, rest = nnx.split(abstract, nnx.Param, ...)
     rng = np.random.default_rng(1)
-    noisy = [leaf + rng.normal(scale=0.3, size=leaf.shape).astype(np.float32) for leaf in leaves]
-    nnx.update(model, jax.tree.unflatten(structure, noisy))
-    return model
+
+    def fill(path: Any, leaf: Any) -> jax.Array:
+        start = 1.0 if leaf_name(path).endswith("gain") else 0.0
+        spread = leaf.shape[-2] ** -0.5 if leaf_name(path).endswith("kernel") else 0.3
+        return jax.numpy.asarray(start + rng.normal(scale=spread, size=leaf.shape), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, shapes), materialize(rest))
 
 
-def new_model(**settings: Any) -> DiT:
-    """A tiny model as it is before training."""
-    return nnx.jit(lambda: DiT(TINY, rngs=nnx.Rngs(0), **settings))()
+@functools.cache
+def new_model() -> DiT:
+    """A tiny model as it is before training; shared."""
+    return nnx.jit(lambda: DiT(TINY, rngs=nnx.Rngs(0)))()
 
 
 @nnx.jit

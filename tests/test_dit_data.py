@@ -122,7 +122,8 @@ def many_scenes():
 
 
 def test_scenes_follow_from_their_key(many_scenes):
-    again = scenes.make_scene(jax.random.split(jax.random.key(0), 24)[3], num_frames=12, size=32)
+    make = jax.jit(lambda key: scenes.make_scene(key, num_frames=12, size=32))
+    again = make(jax.random.split(jax.random.key(0), 24)[3])
     chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[3], many_scenes), again, atol=1e-4)
     assert not np.allclose(many_scenes.video[0], many_scenes.video[1], atol=0.1)
     assert float(jnp.abs(many_scenes.video).max()) <= 1.0

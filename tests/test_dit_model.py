@@ -164,6 +164,7 @@ def test_predicting_call_is_dense_and_gives_masks_of_all_layers(predictor):
     assert dit_cases.run(model, *dit_cases.inputs(), output.masks).shape == (2, 4, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     weight = jax.random.normal(jax.random.key(9), (2, 4, 16, 16, 3))
 

@@ -72,18 +72,23 @@ def make_scene(key: Array, *, num_frames: int, size: int) -> Scene:
     stripe_angle = jax.random.uniform(next(keys), (MAX_OBJECTS,), maxval=jnp.pi)
     stripe_count = jax.random.uniform(next(keys), (MAX_OBJECTS,), minval=1.0, maxval=2.5)
 
-    video = background
-    visible = jnp.full((num_frames, size, size), -1, jnp.int32)
-    for number in range(MAX_OBJECTS):
-        local = (points[None] - centers[:, number, None, None]) / radii[number]  # [F, Y, X, 2], +-1 at the rim
+    def paint(below, each):
+        video, visible = below
+        number, center, shape, radius, used, color, stripe_angle, stripes = each
+        local = (points[None] - center[:, None, None]) / radius  # [F, Y, X, 2], +-1 at the rim
         # About one pixel of soft edge, so that motion below a pixel shows.
-        softness = 1.0 / (size * radii[number])
-        cover = jnp.clip(0.5 - _distance(shapes[number], local) / softness, 0.0, 1.0) * present[number]
-        direction = jnp.stack([jnp.sin(stripe_angle[number]), jnp.cos(stripe_angle[number])])
-        wave = 0.5 + 0.5 * jnp.tanh(2.5 * jnp.sin(jnp.pi * stripe_count[number] * (local @ direction)))
-        texture = colors[number, 0] + wave[..., None] * (colors[number, 1] - colors[number, 0])
-        video = video + cover[..., None] * (texture - video)
-        visible = jnp.where(cover > 0.5, number, visible)
+        softness = 1.0 / (size * radius)
+        cover = jnp.clip(0.5 - _distance(shape, local) / softness, 0.0, 1.0) * used
+        direction = jnp.stack([jnp.sin(stripe_angle), jnp.cos(stripe_angle)])
+        wave = 0.5 + 0.5 * jnp.tanh(2.5 * jnp.sin(jnp.pi * stripes * (local @ direction)))
+        texture = color[0] + wave[..., None] * (color[1] - color[0])
+        return (video + cover[..., None] * (texture - video), jnp.where(cover > 0.5, number, visible)), None
+
+    numbers = jnp.arange(MAX_OBJECTS, dtype=jnp.int32)
+    paths = jnp.moveaxis(centers, 1, 0)  # [O, F, 2]
+    objects = (numbers, paths, shapes, radii, present, colors, stripe_angle, stripe_count)
+    nothing = jnp.full((num_frames, size, size), -1, jnp.int32)
+    (video, visible), _ = jax.lax.scan(paint, (background, nothing), objects)
     return Scene(video, centers, pan, shapes, radii, present, visible)
 
 

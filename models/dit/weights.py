@@ -116,7 +116,7 @@ def load_weights(
     model = nnx.eval_shape(lambda: DiT(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(0)))
     graph, shapes, rest = nnx.split(model, nnx.Param, ...)
     params = fill_leaves(shapes, arrays, source)
-    return nnx.merge(graph, params, _materialize(rest)), json.loads(metadata.get("facts", "{}"))
+    return nnx.merge(graph, params, materialize(rest)), json.loads(metadata.get("facts", "{}"))
 
 
 def load_pretrained(*, dtype: Any = jnp.float32, attention: Any = layers.slice_attention) -> DiT:
@@ -136,8 +136,11 @@ def load_pretrained(*, dtype: Any = jnp.float32, attention: Any = layers.slice_a
         return load_weights(path, dtype=dtype, attention=attention)[0]
 
 
-def _materialize(state: Any) -> Any:
-    """Random-stream leftovers of an abstract model hold no information; zeros make them real arrays."""
+def materialize(state: Any) -> Any:
+    """Zeros in the place of abstract leaves, for what is left of a model beside its parameters.
+
+    That is at most the streams of random keys the parameters were drawn from; nothing is drawn from them again.
+    """
 
     def zeros(leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
