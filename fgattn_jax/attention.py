@@ -1,5 +1,6 @@
 """The public functions: `attention`, `attention_with_lse`, `explain`."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -81,7 +82,7 @@ def attention(
     spec, scale = _check(query, key, value, mask, scale, implementation)
     name = dispatch.choose(spec, implementation)
     if mask is None and name == "xla" and not dense.cudnn_reasons(spec):
-        return dense.cudnn(query, key, value, scale=scale)
+        return _run_cudnn(query, key, value, scale)
     return _run(name, query, key, value, mask, scale).output
 
 
@@ -167,6 +168,13 @@ def _check(query, key, value, mask, scale, implementation) -> tuple[CallSpec, fl
     return spec, _validation.check_scale(scale, head_dim)
 
 
+# Compiled as a whole where the caller does not: an eager call would otherwise compile its parts every time.
+@functools.partial(jax.jit, static_argnames="scale")
+def _run_cudnn(query, key, value, scale: float) -> Array:
+    return dense.cudnn(query, key, value, scale=scale)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "scale"))
 def _run(name: str, query, key, value, mask: SliceMask | None, scale: float) -> AttentionOutput:
     if mask is None:
         run = reference.dense if name == "reference" else dense.chunked

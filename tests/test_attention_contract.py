@@ -150,6 +150,19 @@ def test_a_kept_nan_reaches_its_row_and_no_other(implementation: str):
 
 
 @by_implementation
+def test_a_kept_infinite_value_stays_infinite(implementation: str):
+    """Entries that fill up a chunk must not turn it into NaN."""
+    case = NAMED["plain"]
+    inputs = make_inputs(case)
+    rows = inputs.rows.copy()
+    rows[..., 0] = True
+    mask = from_rows(jnp.asarray(rows), query_block=case.query_block, num_queries=case.num_queries)
+    value = inputs.value.at[:, 0].set(jnp.inf)
+    output = attention(inputs.query, inputs.key, value, mask, implementation=implementation)
+    assert np.isposinf(np.asarray(output)).all()
+
+
+@by_implementation
 def test_empty_rows_give_zero_minus_infinity_and_no_gradient(implementation: str):
     case = NAMED["plain"]
     inputs = make_inputs(case)

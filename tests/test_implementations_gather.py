@@ -42,14 +42,13 @@ def test_layout_places_queries_where_the_order_put_them():
     ("changes", "message"),
     [
         ({"rows_per_step": 0}, "`rows_per_step` must be at least 1, got rows_per_step=0"),
-        ({"tail_keys_per_step": 48}, "must divide `keys_per_step`, got tail_keys_per_step=48 and keys_per_step=256"),
+        ({"keys_per_step": -64}, "`keys_per_step` must be at least 1, got keys_per_step=-64"),
     ],
 )
 def test_a_config_checks_itself(changes, message):
     values = {
         "rows_per_step": 8,
         "keys_per_step": 256,
-        "tail_keys_per_step": 64,
         "dense_scores_per_step": 2**20,
         "upcast": True,
     }

@@ -10,7 +10,7 @@
     tiles [G, M, H] -> [B, T, N, H]                                (RowLayout.place)
 
 Work follows the number of kept slices; memory holds one step's tiles, never a `[T, S]` array. A skipped key is never
-read: ranks past a row's count read the row's own first kept key and their products are removed by `where`.
+read: ranks past a row's count read the row's own first kept key and are zeroed.
 """
 
 import functools
@@ -63,29 +63,23 @@ class _Step:
         ranks = start + jnp.arange(width, dtype=jnp.int32)
         keys = select_keys(self.words, self.cumulative, ranks)
         kept = ranks < self.counts[:, None]
-        # An entry past the count reads the row's first kept key: a key that this row may read in any case.
+        # An entry past the count reads the row's first kept key, a key that this row may read in any case, and is then
+        # zeroed: 0 * inf would be NaN, and a row without keys has no first one.
         keys = jnp.minimum(jnp.where(kept, keys, self.first), self.layout.num_keys - 1)
         index = self.layout.key_index(self.rows, keys)
-        # A row without keys has no first key either: what it reads is zeroed, so that it can hold anything.
-        some = (self.counts > 0)[:, None, None]
-        key = jnp.where(some, gather_rows(self.key, index, dtype), 0)
-        value = jnp.where(some, gather_rows(self.value, index, dtype), 0)
+        real = kept[..., None]
+        key = jnp.where(real, gather_rows(self.key, index, dtype), 0)
+        value = jnp.where(real, gather_rows(self.value, index, dtype), 0)
         return _Tiles(key, value, index, kept)
 
     def loop(self, config: XlaConfig, body, carry):
-        """Run `body(start, width, carry)` over all kept keys: wide chunks first, then narrow ones for the rest."""
+        """Run `body(start, carry)` over all kept keys, `config.keys_per_step` at a time."""
         longest = jnp.max(self.counts)
-        start = jnp.zeros_like(longest)
-        for width, condition in (
-            (config.keys_per_step, lambda c: c[0] + config.keys_per_step <= longest),
-            (config.tail_keys_per_step, lambda c: c[0] < longest),
-        ):
 
-            def step(c, width=width):
-                return c[0] + width, body(c[0], width, c[1])
+        def step(c):
+            return c[0] + config.keys_per_step, body(*c)
 
-            start, carry = jax.lax.while_loop(condition, step, (start, carry))
-        return carry
+        return jax.lax.while_loop(lambda c: c[0] < longest, step, (jnp.zeros_like(longest), carry))[1]
 
 
 def _products(dtype: jnp.dtype):
@@ -108,9 +102,9 @@ def _forward(query, key, value, bits, query_order, *, scale: float, query_block:
         index, _ = layout.query_index(step.rows, query_order)
         tile_query = gather_rows(flat_query, index, compute)
 
-        def chunk(start, num_keys, carry):
+        def chunk(start, carry):
             running_max, total, output = carry
-            tiles = step.tiles(start, num_keys, compute)
+            tiles = step.tiles(start, config.keys_per_step, compute)
             scores = einsum("pmh,pch->pmc", tile_query, tiles.key) * scale
             scores = jnp.where(tiles.kept[:, None], scores, -jnp.inf)
             new_max = jnp.maximum(running_max, jnp.max(scores, axis=-1))
@@ -159,9 +153,9 @@ def _backward(
         tile_lse = jnp.take(flat_lse, index, mode="clip")
         tile_delta = jnp.take(flat_delta, index, mode="clip")
 
-        def chunk(start, num_keys, carry):
+        def chunk(start, carry):
             d_query, d_key, d_value = carry
-            tiles = step.tiles(start, num_keys, compute)
+            tiles = step.tiles(start, config.keys_per_step, compute)
             scores = einsum("pmh,pch->pmc", tile_query, tiles.key) * scale
             shown = tiles.kept[:, None] & real[..., None]
             weights = jnp.where(shown, jnp.exp(scores - tile_lse[..., None]), 0.0)
