@@ -157,41 +157,55 @@ def study(weights, folder, *argv):
     return json.loads(rows.read_text()), out
 
 
-def test_the_whole_study_makes_rows_and_a_report_of_them(weights, tmp_path):
-    rows, out = study(weights, tmp_path)
+@pytest.fixture(scope="module")
+def whole(weights, tmp_path_factory):
+    """All sections once: the folder and the rows."""
+    folder = tmp_path_factory.mktemp("study")
+    return folder, study(weights, folder)[0]
+
+
+def test_the_whole_study_makes_rows(whole):
+    _, rows = whole
     sections = {row["section"] for row in rows}
     assert sections >= {"negligible", "agreement", "thresholds", "refresh", "orders", "mean query", "spread", "check"}
     for row in rows:
         assert {"device", "jax", "commit", "date", "command"} <= set(row)
         assert not any(isinstance(cell, dict | list) for cell in row.values())
+    for row in rows:
+        if row["section"] == "agreement" and row["step"] == row["reference_step"]:
+            assert row["iou"] == row["recall"] == 1
+
+
+def test_study_and_shipped_sampler_give_the_same_clips(whole):
+    _, rows = whole
+    checks = {row["what"]: row for row in rows if row["section"] == "check"}
+    for what in ("dense: here, shipped", "sparse: here, shipped"):
+        assert checks[what]["psnr_least"] > 55
+        assert checks[what]["psnr"] > checks["shipped: sparse, dense"]["psnr"] + 10
+    assert checks["sparse: here, shipped"]["density"] == pytest.approx(
+        checks["sparse: here, shipped"]["density_shipped"], abs=2e-3
+    )
+
+
+def test_the_report_is_made_of_rows_only(weights, whole):
+    folder, rows = whole
+    out = folder / "study.md"
     text = out.read_text()
     links = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert len(links) >= 6
     for link in links:
-        assert (tmp_path / link).is_file()
+        assert (folder / link).is_file()
     shares = {row["shape"]: row["share"] for row in rows if row["section"] == "negligible" and row["order"] == "cubes"}
     assert f"{100 * shares['16x1']:.1f} %" in text
-    agreement_rows = [row for row in rows if row["section"] == "agreement"]
-    for row in agreement_rows:
-        if row["step"] == row["reference_step"]:
-            assert row["iou"] == row["recall"] == 1
-    # Rendering again from the rows alone gives the same bytes.
-    before = out.read_bytes(), (tmp_path / links[0]).read_bytes()
-    study(weights, tmp_path, "--render-only")
-    assert (out.read_bytes(), (tmp_path / links[0]).read_bytes()) == before
+    before = out.read_bytes(), (folder / links[0]).read_bytes()
+    out.unlink()
+    study(weights, folder, "--render-only")
+    assert (out.read_bytes(), (folder / links[0]).read_bytes()) == before
 
 
 def test_one_section_replaces_its_rows_and_keeps_the_others(weights, tmp_path):
-    other = {
-        "section": "spread",
-        "kept": "as it is",
-        "device": "d",
-        "jax": "j",
-        "commit": "c",
-        "date": "t",
-        "command": "x",
-    }
-    stale = {**other, "section": "thresholds"}
+    source = {"device": "d", "jax": "j", "commit": "c", "date": "t", "command": "x"}
+    other, stale = {"section": "spread", **source}, {"section": "thresholds", **source}
     (tmp_path / "rows.json").write_text(json.dumps([other, stale]))
     rows, _ = study(weights, tmp_path, "--only", "thresholds", "--rows-only")
     assert other in rows
@@ -200,14 +214,17 @@ def test_one_section_replaces_its_rows_and_keeps_the_others(weights, tmp_path):
     assert not (tmp_path / "study.md").exists()
 
 
-def test_resume_measures_only_what_is_missing(weights, tmp_path, capsys):
-    rows, _ = study(weights, tmp_path, "--only", "thresholds", "--rows-only")
-    marked = [{**row, "seconds": -1} for row in rows[:-1]]
+def test_resume_measures_only_what_is_missing(weights, whole, tmp_path, capsys):
+    _, rows = whole
+    wanted = [row for row in rows if row["section"] == "thresholds"]
+    marked = [{**row, "seconds": -1} for row in wanted[:-1]]
     (tmp_path / "rows.json").write_text(json.dumps(marked))
     capsys.readouterr()
     again, _ = study(weights, tmp_path, "--only", "thresholds", "--rows-only", "--resume")
     assert again[:-1] == marked
-    assert len(again) == len(rows)
+    assert {name: again[-1][name] for name in ("value", "density")} == {
+        name: wanted[-1][name] for name in ("value", "density")
+    }
     assert capsys.readouterr().err.count("thresholds:") == 1
 
 

@@ -174,7 +174,13 @@ def _refresh(rows: Sequence[Row], images: Path, link: str) -> str:
 
 def _first_masks(rows: Sequence[Row], images: Path, link: str) -> str:
     firsts = sorted({row["dense_first"] for row in rows})
-    curves = [(f"first {first} steps dense", [row for row in rows if row["dense_first"] == first]) for first in firsts]
+    curves = [
+        (
+            f"first {first} steps dense" if first else "masks from step 0",
+            [row for row in rows if row["dense_first"] == first],
+        )
+        for first in firsts
+    ]
     plots.quality_curves(
         images / "study_first_masks.png", curves, title="When the first masks are made: exact mass", bars=True
     )
@@ -268,8 +274,9 @@ def _sampling_steps(rows: Sequence[Row], images: Path, link: str) -> str:
     )
     return (
         "## Few sampling steps\n\nDoes caching survive few steps? Masks from step 0 on, refreshed in the middle of "
-        "the run (`half`), made once, or made at every step and used at once (exact masks used at once save no work: they only show what "
-        f"staleness costs).\n\n![PSNR over sampling steps]({link}study_steps.png)\n\n"
+        "the run (`half`), made once, or made at every step and used at once (exact masks used at "
+        f"once save no work: they only show what staleness costs).\n\n"
+        f"![PSNR over sampling steps]({link}study_steps.png)\n\n"
         + quality_table(
             "steps, share, masks",
             rows,
