@@ -84,7 +84,7 @@ class Context:
         return 6 if self.quick else 30
 
     @property
-    def usual(self) -> dict[str, int]:
+    def usual(self) -> dict[str, Any]:
         """When sections make masks unless they vary it: after a few dense steps, and again half a run later."""
         return {"dense_first": 1 if self.quick else 2, "refresh_every": self.steps // 2}
 
