@@ -113,7 +113,7 @@ class Denoiser:
     def _compile(self, noise: jax.Array, kinds: tuple[StepKind, ...], title: str) -> float:
         start = time.perf_counter()
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        missing = [kind for kind in dict.fromkeys(kinds) if kind not in self._compiled]
+        missing: list[StepKind] = [kind for kind in dict.fromkeys(kinds) if kind not in self._compiled]
         if missing:
             print(f"{title}: compiling {', '.join(missing)} step ...", file=sys.stderr, flush=True)
         for kind in missing:

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     from fgattn_jax.models.dit.weights import load_pretrained, load_weights
 
     platform = jax.default_backend()
-    dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
+    dtype = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
     default_steps = _STEPS_CPU if platform == "cpu" else _STEPS_DEVICE
     steps = args.steps or (_STEPS_QUICK if args.quick else default_steps)
     if args.dense_first is not None and args.dense_first >= steps:
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     source = dict(tables.provenance("fgattn demo"))
     runs_as = _explain(math.prod(grid), config, args, dtype)
     tokens = math.prod(grid)
-    print(f"{args.label}, {frames} frames, {tokens} tokens, {steps} Euler steps; {source['device']}, {dtype.__name__}")
+    print(f"{args.label}, {frames} frames, {tokens} tokens, {steps} Euler steps; {source['device']}, {dtype.name}")
     print(f"masks: {args.predictor}, {_rule_text(args)}, {args.query_block} queries per slice, {args.query_order}")
     print(f"{policy.describe()}\n")
 

@@ -1,5 +1,8 @@
 """How far a clip is from another one: PSNR and SSIM."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +89,7 @@ def _blur(values: Float[Array, "*B Y X C"]) -> Float[Array, "*B y x C"]:
             weight * jax.lax.slice_in_dim(values, start, start + length, axis=values.ndim + axis)
             for start, weight in enumerate(weights)
         ]
-        values = sum(parts[1:], parts[0])
+        values = functools.reduce(operator.add, parts)
     return values
 
 
