@@ -1,5 +1,7 @@
 """What every implementation must do, on every case of the shared table."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -147,6 +149,20 @@ def test_a_kept_nan_reaches_its_row_and_no_other(implementation: str):
     output = np.asarray(attention(inputs.query, inputs.key, value, mask, implementation=implementation))
     assert np.isfinite(output[:, : case.query_block]).all()
     assert np.isnan(output[:, case.query_block :]).all()
+
+
+@by_implementation
+@pytest.mark.parametrize("num_keys", [1, 70])
+def test_a_constant_mask_of_one_key_rows_is_not_lost(num_keys: int, implementation: str):
+    """A mask that the compiler knows: jaxlib 0.11.2 dropped the loop over a single key (docs/notes/dropped_loop.md)."""
+    case = dataclasses.replace(NAMED["one key"], num_keys=num_keys)
+    inputs = make_inputs(case)
+    rows = np.zeros_like(inputs.rows)
+    rows[..., num_keys // 2] = True
+    mask = from_rows(jnp.asarray(rows), query_block=case.query_block, num_queries=case.num_queries)
+    output = jax.jit(lambda q, k, v: attention(q, k, v, mask, implementation=implementation))(*inputs[:3])
+    expected = jnp.broadcast_to(inputs.value[:, num_keys // 2][:, None], output.shape)
+    chex.assert_trees_all_close(output, expected, atol=1e-6)
 
 
 @by_implementation

@@ -139,7 +139,9 @@ def test_flattening_names_the_leaves_and_keeps_the_numbers():
     assert jax.tree.structure(mask) != jax.tree.structure(mask.with_query_order(None))
 
 
-@pytest.mark.parametrize("leaf", [None, 0, "batch", object(), jnp.zeros(3), (1, 2)], ids=["none", "int", "str", "object", "array", "tuple"])
+@pytest.mark.parametrize(
+    "leaf", [None, 0, "batch", object(), jnp.zeros(3), (1, 2)], ids=["none", "int", "str", "object", "array", "tuple"]
+)
 def test_leaves_may_become_anything(leaf):
     mask, _, _ = make(SMALL)
     mapped = jax.tree.map(lambda _: leaf, mask)

@@ -41,8 +41,8 @@ def default_config(platform: str, query_block: int) -> XlaConfig:
             upcast=True,
         )
     return XlaConfig(
-        rows_per_step=max(1, 16384 // query_block),
-        keys_per_step=256,
+        rows_per_step=max(1, 32768 // query_block),
+        keys_per_step=512,
         dense_scores_per_step=2**28,
         upcast=False,
     )
