@@ -26,6 +26,14 @@ def test_sharded_heads_or_batch_need_no_communication(run_python, kind, axis, ma
     assert sum(got["forward"].values()) == sum(got["backward"].values()) == 0
 
 
+@pytest.mark.parametrize("kind", ["jit", "explicit"])
+def test_dense_attention_needs_no_communication_either(run_python, kind):
+    got = run_sharded(run_python, kind, "heads", "none")
+    assert got["error"] < 5e-6
+    assert got["gradient_error"] < 2e-5
+    assert sum(got["forward"].values()) == sum(got["backward"].values()) == 0
+
+
 def test_shard_map_runs_the_local_call(run_python):
     got = run_sharded(run_python, "shard_map", "heads", "own")
     assert got["error"] < 5e-6

@@ -12,7 +12,7 @@ device and jax are replaced by a full run. Close other programs: a busy machine 
 examples:
   fgattn bench                                    all cases of this device, then docs/benchmarks.md
   fgattn bench --list                             names of the cases
-  fgattn bench --bench attention --case "4096 tokens, density 0.2" --rows /tmp/rows.json --rows-only
+  fgattn bench --bench attention --case "4096 tokens, density 0.2" --rows rows.json --rows-only
   fgattn bench --render-only                      write the documents anew from the rows
 """
 

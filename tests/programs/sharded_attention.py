@@ -28,7 +28,7 @@ def mask_parts(mask: SliceMask, arrays) -> SliceMask:
 
 def main(kind: str, axis: str, mask_axes: str) -> None:
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit if kind == "explicit" else AxisType.Auto,))
-    one = None if mask_axes == "own" else 1
+    one = 1 if mask_axes == "shared" else None
     case = AttentionCase(
         "sharded", "", batch=4, num_queries=70, num_keys=99, num_heads=8, num_kv_heads=4, head_dim=16, query_block=16,
         mask_batch=one, mask_heads=one, ordered=True,
@@ -46,6 +46,13 @@ def main(kind: str, axis: str, mask_axes: str) -> None:
     def grad(query, key, value, mask, d_output):
         return jax.vjp(lambda *a: run(*a, mask), query, key, value)[1](d_output)
 
+    rows = inputs.rows
+    if mask_axes == "none":
+        rows = np.ones_like(rows)
+
+        def run(query, key, value, mask):
+            return attention(query, key, value)
+
     if kind == "shard_map":
         inner, inner_mask = (spec,) * 3, mask_spec
         run = jax.shard_map(run, mesh=mesh, in_specs=(*inner, inner_mask), out_specs=spec)
@@ -61,11 +68,9 @@ def main(kind: str, axis: str, mask_axes: str) -> None:
         backward = jax.jit(grad).lower(*arrays, mask, put(d_output, spec if even else P())).compile()
         output, grads = forward(*arrays, mask), backward(*arrays, mask, put(d_output, spec if even else P()))
     kwargs = {"query_block": 16, "scale": case.scale, "order": inputs.order}
-    wanted, _ = attention_oracle(inputs.query, inputs.key, inputs.value, inputs.rows, **kwargs)
+    wanted, _ = attention_oracle(inputs.query, inputs.key, inputs.value, rows, **kwargs)
     no_lse = np.zeros((4, 8, 70))
-    wanted_grads = gradient_oracle(
-        inputs.query, inputs.key, inputs.value, inputs.rows, np.asarray(d_output), no_lse, **kwargs
-    )
+    wanted_grads = gradient_oracle(inputs.query, inputs.key, inputs.value, rows, np.asarray(d_output), no_lse, **kwargs)
     print(
         json.dumps(
             {
