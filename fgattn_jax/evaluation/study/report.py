@@ -100,8 +100,9 @@ def _summary(rows: Sequence[Row]) -> list[str]:
     header = ["bar", "tokens", "dense first steps", "verdict", "share", "density", "work", "PSNR", "worst", "SSIM"]
     return [
         "## The bar\n\nCached exact-mass masks, 64 queries per slice, cubes, 30 Euler steps, refreshed after 15 steps; "
-        "mean over clips. Shown is the measured share of the mass with the best PSNR within the density.\n\n"
-        + format_markdown(header, lines)
+        "mean over clips. Shown is the measured share of the mass with the best PSNR within the density: share and "
+        "number of dense first steps are picked on the clips that are reported, and no further seeds were run, so that "
+        "a verdict that is reached narrowly may not hold on other noise.\n\n" + format_markdown(header, lines)
     ]
 
 
