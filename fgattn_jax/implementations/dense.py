@@ -25,7 +25,9 @@ def _chunked(query, key, value, *, scale: float, config: XlaConfig):
     step = min(max(fitting, _LEAST_QUERIES), num_queries)
     missing = -num_queries % step
     query = jnp.pad(query, ((0, 0), (0, missing), (0, 0), (0, 0)))
-    chunks = query.reshape(batch, -1, step, num_kv_heads, num_heads // num_kv_heads, width)
+    # One axis a reshape: jax 0.10 places no more on explicitly sharded heads.
+    grouped = query.reshape(batch, -1, num_kv_heads, num_heads // num_kv_heads, width)
+    chunks = grouped.reshape(batch, -1, step, *grouped.shape[2:])
     key, value = key.astype(compute), value.astype(compute)
 
     # Only the chunk's inputs are kept for the backward pass: its scores are computed again.
@@ -40,8 +42,9 @@ def _chunked(query, key, value, *, scale: float, config: XlaConfig):
         return output.astype(query.dtype), (largest + jnp.log(total))[..., 0]
 
     output, lse = jax.lax.map(chunk, jnp.moveaxis(chunks, 1, 0))
-    output = jnp.einsum("cbkgmh->bcmkgh", output).reshape(batch, -1, num_heads, width)[:, :num_queries]
-    lse = jnp.einsum("cbkgm->bkgcm", lse).reshape(batch, num_heads, -1)[..., :num_queries]
+    output = jnp.einsum("cbkgmh->bcmkgh", output).reshape(batch, -1, *grouped.shape[2:])[:, :num_queries]
+    lse = jnp.einsum("cbkgm->bkgcm", lse).reshape(batch, *grouped.shape[2:4], -1)[..., :num_queries]
+    output, lse = output.reshape(batch, num_queries, num_heads, width), lse.reshape(batch, num_heads, num_queries)
     return output, lse
 
 
