@@ -1,4 +1,5 @@
 """CUDA kernels behind the XLA FFI: a leaf that knows arrays and integers only.
 
-This release ships no kernel here yet; `support.unsupported_reasons` says so in words.
+`support` says in words which calls the kernel can run, `library` finds and registers the compiled library, `attention`
+calls it. Importing any of them loads nothing.
 """
