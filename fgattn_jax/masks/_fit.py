@@ -75,6 +75,20 @@ def check_order(query_order: Any, bits_shape: tuple[int, ...], num_queries: int)
         raise ValueError(f"expected `query_order` of dtype int32, got dtype={query_order.dtype}; cast it with astype")
 
 
+def check_work_order(work_order: Any, bits_shape: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless shape and dtype of `work_order` fit a mask with bits of shape `bits_shape`."""
+    expected = (*bits_shape[:-1], 2)
+    if tuple(work_order.shape) != expected:
+        raise ValueError(
+            f"expected `work_order` of shape={expected}, one (row, kept keys) per row of `bits`, "
+            f"got shape={tuple(work_order.shape)}; make it with `with_work_order`"
+        )
+    if work_order.dtype != np.int32:
+        raise ValueError(
+            f"expected `work_order` of dtype int32, got dtype={work_order.dtype}; make it with `with_work_order`"
+        )
+
+
 def normal_integers(array: Any, name: str) -> Array:
     """The array as int32.
 
@@ -143,9 +157,9 @@ def normal_bools(array: Bool[Array, "..."], name: str, axes: str) -> Array:
     return array
 
 
-def check_values(bits: Any, query_order: Any, num_keys: int) -> None:
-    """Raise `ValueError` if a padding bit is set or an order is no permutation; reads every value on the host."""
-    leaves = [leaf for leaf in (bits, query_order) if leaf is not None]
+def check_values(bits: Any, query_order: Any, work_order: Any, num_keys: int) -> None:
+    """Raise `ValueError` if a padding bit is set or an order is wrong; reads every value on the host."""
+    leaves = [leaf for leaf in (bits, query_order, work_order) if leaf is not None]
     if not all(is_array(leaf) and hasattr(leaf, "__array__") for leaf in leaves) or not is_concrete(*leaves):
         raise ValueError("`check` reads the values of a mask on the host: call it outside `jit`, on concrete arrays")
     words = np.asarray(bits)
@@ -157,9 +171,13 @@ def check_values(bits: Any, query_order: Any, num_keys: int) -> None:
             f"expected every bit past num_keys={num_keys} to be zero, got key={word * WORD_BITS + bit} set in "
             f"`bits`{place} (batch, head, row); make masks with the builders, which clear the padding"
         )
-    if query_order is None:
-        return
-    order = np.asarray(query_order)
+    if query_order is not None:
+        _check_permutation(np.asarray(query_order))
+    if work_order is not None:
+        _check_work(np.asarray(work_order), np.bitwise_count(words).sum(-1, dtype=np.int32))
+
+
+def _check_permutation(order: np.ndarray) -> None:
     num_queries = order.shape[-1]
     wrong = (np.sort(order, axis=-1) != np.arange(num_queries)).any(axis=-1)
     if wrong.any():
@@ -173,4 +191,17 @@ def check_values(bits: Any, query_order: Any, num_keys: int) -> None:
         raise ValueError(
             f"expected `query_order` to hold each query 0..{num_queries - 1} once, got {found} in "
             f"`query_order`{list(place)} (batch, head); see `fgattn_jax.query_order`"
+        )
+
+
+def _check_work(work_order: np.ndarray, counts: np.ndarray) -> None:
+    rows = np.argsort(-counts, axis=-1, kind="stable")
+    expected = np.stack([rows, np.take_along_axis(counts, rows, axis=-1)], axis=-1)
+    wrong = (work_order != expected).any(axis=-1)
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        (row, count), (right_row, right_count) = work_order[place].tolist(), expected[place].tolist()
+        raise ValueError(
+            f"expected `work_order`{list(place)} (batch, head, place) to be row={right_row} with count={right_count}, "
+            f"got row={row} with count={count}; it was made from other bits: make it anew with `with_work_order`"
         )
