@@ -1,13 +1,14 @@
 """The public functions: `attention`, `attention_with_lse`, `explain`."""
 
 import functools
+import re
 from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
 from fgattn_jax import _validation, dispatch
-from fgattn_jax.implementations import dense, reference, transforms, xla
+from fgattn_jax.implementations import cuda, dense, reference, transforms, xla
 from fgattn_jax.implementations.spec import CallSpec
 from fgattn_jax.masks import SliceMask
 from fgattn_jax.types import Implementation
@@ -83,7 +84,7 @@ def attention(
     name = dispatch.choose(spec, implementation)
     if mask is None and name == "xla" and not dense.cudnn_reasons(spec):
         return _run_cudnn(query, key, value, scale)
-    return _run(name, query, key, value, mask, scale).output
+    return _run(name, query, key, value, mask, scale, named=_named(name, implementation)).output
 
 
 def attention_with_lse(
@@ -114,7 +115,8 @@ def attention_with_lse(
         LSE comes back in 16 bits, too coarse to threshold probabilities.
     """
     spec, scale = _check(query, key, value, mask, scale, implementation)
-    return _run(dispatch.choose(spec, implementation), query, key, value, mask, scale)
+    name = dispatch.choose(spec, implementation)
+    return _run(name, query, key, value, mask, scale, named=_named(name, implementation))
 
 
 def explain(
@@ -164,8 +166,17 @@ def _check(query, key, value, mask, scale, implementation) -> tuple[CallSpec, fl
         dtype=str(query.dtype),
         query_block=None if mask is None else mask.query_block,
         platform=jax.default_backend(),
+        compute_capability=_compute_capability(),
     )
     return spec, _validation.check_scale(scale, head_dim)
+
+
+@functools.lru_cache(maxsize=1)
+def _compute_capability() -> str | None:
+    if jax.default_backend() != "gpu":
+        return None
+    said = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return said if re.fullmatch(r"\d+\.\d+", said) else None  # AMD's are names
 
 
 # Compiled as a whole where the caller does not: an eager call would otherwise compile its parts every time.
@@ -174,15 +185,19 @@ def _run_cudnn(query, key, value, scale: float) -> Array:
     return dense.cudnn(query, key, value, scale=scale)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "scale"))
-def _run(name: str, query, key, value, mask: SliceMask | None, scale: float) -> AttentionOutput:
+def _named(name: str, implementation: str | None) -> bool:
+    """Whether the program must fail rather than run another implementation where it is lowered for another platform."""
+    return name == "cuda" and implementation is not None
+
+
+@functools.partial(jax.jit, static_argnames=("name", "scale", "named"))
+def _run(name: str, query, key, value, mask: SliceMask | None, scale: float, *, named: bool) -> AttentionOutput:
     if mask is None:
         run = reference.dense if name == "reference" else dense.chunked
         return AttentionOutput(*run(query, key, value, scale=scale))
-    run = reference.masked if name == "reference" else _sparse
-    results = run(query, key, value, mask.bits, mask.query_order, scale=scale, query_block=mask.query_block)
-    return AttentionOutput(*results)
-
-
-def _sparse(query, key, value, bits, query_order, *, scale: float, query_block: int):
-    return transforms.apply(_XLA, query, key, value, bits, query_order, scale=scale, query_block=query_block)
+    static = {"scale": scale, "query_block": mask.query_block}
+    if name == "reference":
+        return AttentionOutput(*reference.masked(query, key, value, mask.bits, mask.query_order, **static))
+    pair = _XLA if name == "xla" else (cuda.NAMED if named else cuda.CHOSEN)
+    arrays = (query, key, value, mask.bits, mask.query_order, mask.work_order)
+    return AttentionOutput(*transforms.apply(pair, *arrays, **static))

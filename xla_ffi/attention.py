@@ -25,8 +25,8 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention over the kept slices by the CUDA kernel: `[B, T, N, H]` in the query's dtype and float32 LSE.
 
-    Axes `b` and `n` are those of the batch and the query heads, or 1, each array for itself. The layout in memory is that of
-    the arrays; the kernel reads rows through strides and keys through numbers that it decodes from the bits.
+    Axes `b` and `n` are those of the batch and the query heads, or 1, each array for itself. Arrays stay as they lie in
+    memory; the kernel reads rows through strides, and keys by numbers that it decodes from the bits.
 
     Args:
         query: bfloat16 or float16; `H` 64 or 128.
@@ -34,8 +34,8 @@ def forward(
         value: As `key`.
         bits: Kept slices, `W = 4 * ceil(S / 128)` words per row; see docs/mask_format.md.
         query_order: Which query stands where before grouping; None is raster.
-        work_order: Rows by kept keys as `work_order` makes them from the same bits; None makes them in this call. Its `b`
-            and `n` may be larger than those of `bits`, not smaller.
+        work_order: Rows by kept keys as `work_order` makes them from the same bits; None makes them in this call. Its
+            `b` and `n` may be larger than those of `bits`, not smaller.
         scale: Factor of the scores.
         query_block: Queries per slice (`M`): 64 or 128.
 
@@ -47,8 +47,8 @@ def forward(
         RuntimeError: The library is missing or does not fit the installed jaxlib.
 
     Note:
-        The call lowers on every platform and runs on CUDA devices of compute capability 9.0. It has no derivative and no
-        batching rule of its own; `fgattn_jax.attention` adds both.
+        The call lowers on every platform and runs on CUDA devices of compute capability 9.0. It has no derivative and
+        no batching rule of its own; `fgattn_jax.attention` adds both.
     """
     _check(query, key, value, bits, query_order, work_order, scale, query_block)
     library.register()

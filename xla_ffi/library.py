@@ -1,8 +1,8 @@
 """The compiled library: where it lies, whether it fits the installed jaxlib, and its registration at first use.
 
-Order matters. XLA compares a handler's FFI API with its own when a target is registered, and a handler that is newer than
-XLA takes down every backend of the process. So the numbers are compared here first, and nothing is registered unless they
-fit.
+Order matters. XLA compares a handler's FFI API with its own when a target is registered, and a handler that is newer
+than XLA takes down every backend of the process. So the numbers are compared here first, and nothing is registered unless
+they fit.
 """
 
 import ctypes
@@ -59,17 +59,13 @@ def unfit_reasons(library: ctypes.CDLL, jaxlib_minor: int | None) -> tuple[str, 
     except AttributeError as error:
         return (f"{LIBRARY_NAME} is not the library of this package: {error}; {_HOW_TO_BUILD}",)
     if abi != ABI_VERSION:
-        return (
-            f"{LIBRARY_NAME} was built from other sources: expected abi_version={ABI_VERSION}, got abi_version={abi}; "
-            f"{_HOW_TO_BUILD}",
-        )
+        said = f"expected abi_version={ABI_VERSION}, got abi_version={abi}"
+        return (f"{LIBRARY_NAME} was built from other sources: {said}; {_HOW_TO_BUILD}",)
     if jaxlib_minor is None:
         return ("the installed jaxlib does not say which FFI API it speaks: its header `c_api.h` is missing",)
     if minor > jaxlib_minor:
-        return (
-            f"{LIBRARY_NAME} was built for XLA FFI API 0.{minor}, and the installed jaxlib speaks 0.{jaxlib_minor}; "
-            "install a newer jaxlib, or build the library with the headers of this one",
-        )
+        numbers = f"was built for XLA FFI API 0.{minor}, and the installed jaxlib speaks 0.{jaxlib_minor}"
+        return (f"{LIBRARY_NAME} {numbers}; install a newer jaxlib, or build with the headers of an older one",)
     return ()
 
 

@@ -17,6 +17,7 @@ class CallSpec:
         dtype: Name of the dtype of query, key and value.
         query_block: Queries per slice `M`; None without a mask (dense attention).
         platform: Where the program will run: "cpu", "gpu" or "tpu".
+        compute_capability: Of the GPU, "9.0" on Hopper; None off NVIDIA GPUs.
     """
 
     batch: int
@@ -28,3 +29,4 @@ class CallSpec:
     dtype: str
     query_block: int | None
     platform: str
+    compute_capability: str | None = None

@@ -30,30 +30,44 @@ class KernelPair(NamedTuple):
     """A forward kernel `(q, k, v, bits, order) -> (output, lse)` and the backward kernel that belongs to it.
 
     Both take `scale` and `query_block` as keywords; the backward kernel takes output, LSE and their cotangents after
-    the forward arguments and returns the cotangents of query, key and value.
+    the forward arguments and returns the cotangents of query, key and value. With `takes_work_order`, the forward
+    kernel (never the backward one) takes the mask's work order, or None, as a sixth array.
     """
 
     forward: Kernel
     backward: Kernel
+    takes_work_order: bool = False
 
 
 # Axes of each argument; the mask's batch, head and group axes may be 1. Order: factors of a sharding rule.
 _QUERY, _KEY, _LSE = ("b", "t", "k", "g", "h"), ("b", "s", "k", "h"), ("b", "k", "g", "t")
-_BITS, _ORDER = ("b", "k", "g", "r", "w"), ("b", "k", "g", "t")
+_BITS, _ORDER, _WORK = ("b", "k", "g", "r", "w"), ("b", "k", "g", "t"), ("b", "k", "g", "r", "two")
+_OF_MASK = (_BITS, _ORDER, _WORK)
 _SHARDED = ("b", "k")
 
 
 class _Signature(NamedTuple):
-    """Axes of every operand and result of one kernel."""
+    """Axes of every operand and result of one kernel, and the places of its arguments that are None."""
 
     operands: tuple[tuple[str, ...], ...]
     results: tuple[tuple[str, ...], ...]
+    missing: tuple[int, ...]
 
 
-def _signatures(has_order: bool) -> tuple[_Signature, _Signature]:
-    inputs = (_QUERY, _KEY, _KEY, _BITS) + ((_ORDER,) if has_order else ())
-    forward = _Signature(inputs, (_QUERY, _LSE))
-    backward = _Signature((*inputs, _QUERY, _LSE, _QUERY, _LSE), (_QUERY, _KEY, _KEY))
+class _Given(NamedTuple):
+    """Which optional arrays of the mask a call has, and whether its forward kernel takes a work order at all."""
+
+    order: bool
+    work: bool
+    takes_work: bool
+
+
+def _signatures(given: _Given) -> tuple[_Signature, _Signature]:
+    inputs = (_QUERY, _KEY, _KEY, _BITS) + ((_ORDER,) if given.order else ())
+    no_order = () if given.order else (4,)
+    no_work = (5,) if given.takes_work and not given.work else ()
+    forward = _Signature(inputs + ((_WORK,) if given.work else ()), (_QUERY, _LSE), no_order + no_work)
+    backward = _Signature((*inputs, _QUERY, _LSE, _QUERY, _LSE), (_QUERY, _KEY, _KEY), no_order)
     return forward, backward
 
 
@@ -74,15 +88,15 @@ def _join_heads(x: Array, axes: tuple[str, ...]) -> Array:
     return x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
 
 
-def _on_joined_heads(kernel: Kernel, signature: _Signature, has_order: bool, num_kv_heads: Callable) -> Kernel:
+def _on_joined_heads(kernel: Kernel, signature: _Signature, num_kv_heads: Callable) -> Kernel:
     """Wrap a kernel that knows `[B, T, N, H]` so that it takes and returns arrays with split heads."""
 
     def run(*operands):
         joined: list[Array | None] = [
             _join_heads(x, axes) for x, axes in zip(operands, signature.operands, strict=True)
         ]
-        if not has_order:
-            joined.insert(4, None)
+        for place in signature.missing:
+            joined.insert(place, None)
         results = kernel(*joined)
         heads = num_kv_heads(operands)
         return tuple(_split_heads(x, axes, heads) for x, axes in zip(results, signature.results, strict=True))
@@ -140,7 +154,7 @@ def _batched(kernel: Kernel, signature: _Signature) -> Kernel:
 
         def fold(x, has_axis, axes):
             own = x.shape[1] if has_axis else x.shape[0]
-            if not has_axis and own == 1 and axes in (_BITS, _ORDER):
+            if not has_axis and own == 1 and axes in _OF_MASK:
                 return x  # serves every example as it is
             if not has_axis:
                 x = jnp.broadcast_to(x[None], (size, *x.shape))
@@ -156,19 +170,21 @@ def _batched(kernel: Kernel, signature: _Signature) -> Kernel:
 
 
 @functools.lru_cache(maxsize=256)
-def _core(pair: KernelPair, scale: float, query_block: int, single: tuple[tuple[bool, ...], ...]) -> Kernel:
+def _core(
+    pair: KernelPair, given: _Given, scale: float, query_block: int, single: tuple[tuple[bool, ...], ...]
+) -> Kernel:
     """The differentiable, batchable, partitionable operation on arrays with split heads."""
-    has_order = len(single) == 5
-    signatures = _signatures(has_order)
+    signatures = _signatures(given)
     residuals = ((False,) * 5, (False,) * 4) * 2
+    num_saved = 5 if given.order else 4  # what the backward kernel takes of the operands
 
     def build(kernel, signature, ones):
         bound = functools.partial(kernel, scale=scale, query_block=query_block)
-        on_heads = _on_joined_heads(bound, signature, has_order, lambda operands: operands[1].shape[2])
+        on_heads = _on_joined_heads(bound, signature, lambda operands: operands[1].shape[2])
         return _batched(_partitioned(on_heads, signature, ones), signature)
 
     forward = build(pair.forward, signatures[0], single)
-    backward = build(pair.backward, signatures[1], single + residuals)
+    backward = build(pair.backward, signatures[1], single[:num_saved] + residuals)
 
     @jax.custom_vjp
     def core(*operands):
@@ -176,20 +192,20 @@ def _core(pair: KernelPair, scale: float, query_block: int, single: tuple[tuple[
 
     def save(*operands):
         output, lse = forward(*operands)
-        return (output, lse), (operands, output, lse)
+        return (output, lse), (operands[:num_saved], output, lse)
 
     def pull_back(saved, cotangents):
         operands, output, lse = saved
         d_output, d_lse = cotangents
         d_query, d_key, d_value = backward(*operands, output, lse, d_output.astype(output.dtype), d_lse)
-        return d_query, d_key, d_value, *(None,) * (len(operands) - 3)
+        return d_query, d_key, d_value, *(None,) * (len(single) - 3)
 
     core.defvjp(save, pull_back)
     return core
 
 
-def _local(pair: KernelPair, scale: float, query_block: int, *operands: Array) -> tuple[Array, Array]:
-    forward, _ = _signatures(len(operands) == 5)
+def _local(pair: KernelPair, given: _Given, scale: float, query_block: int, *operands: Array) -> tuple[Array, Array]:
+    forward, _ = _signatures(given)
     num_kv_heads = operands[1].shape[2]
     # Inside shard_map every operand must vary over the same axes; the transpose of this cast sums the gradients.
     axes = frozenset().union(*map(varying_axes, operands))
@@ -198,12 +214,10 @@ def _local(pair: KernelPair, scale: float, query_block: int, *operands: Array) -
     )
     split = [_split_heads(x, names, num_kv_heads) for x, names in zip(operands, forward.operands, strict=True)]
     single = tuple(
-        tuple(
-            names in (_BITS, _ORDER) and name in "bkg" and size == 1 for name, size in zip(names, x.shape, strict=True)
-        )
+        tuple(names in _OF_MASK and name in "bkg" and size == 1 for name, size in zip(names, x.shape, strict=True))
         for names, x in zip(forward.operands, split, strict=True)
     )
-    output, lse = _core(pair, scale, query_block, single)(*split)
+    output, lse = _core(pair, given, scale, query_block, single)(*split)
     return _join_heads(output, _QUERY), _join_heads(lse, _LSE)
 
 
@@ -214,13 +228,20 @@ def apply(
     value: Array,
     bits: Array,
     query_order: Array | None,
+    work_order: Array | None = None,
     *,
     scale: float,
     query_block: int,
 ) -> tuple[Array, Array]:
-    """Run a kernel pair under every transform of JAX; see the module's text."""
-    operands = (query, key, value, bits) + (() if query_order is None else (query_order,))
-    local = functools.partial(_local, pair, scale, query_block)
+    """Run a kernel pair under every transform of JAX; see the module's text.
+
+    The work order goes to pairs that take one; for others it is nothing to compute with, and dropped.
+    """
+    if not pair.takes_work_order:
+        work_order = None
+    given = _Given(query_order is not None, work_order is not None, pair.takes_work_order)
+    operands = (query, key, value, bits, *(x for x in (query_order, work_order) if x is not None))
+    local = functools.partial(_local, pair, given, scale, query_block)
     mesh = jax.typeof(query).sharding.mesh
     if mesh.empty or AxisType.Explicit not in mesh.axis_types:
         return local(*operands)

@@ -42,9 +42,9 @@ class SliceMask:
         query_order: `query_order[..., p]` is the query that stands at position `p` before grouping; row `r` holds
             positions `r * query_block` to `min((r + 1) * query_block, num_queries) - 1`. `None` is raster: position
             `p` is query `p`. Its batch and head axes may be 1 whatever those of `bits` are.
-        work_order: (row, kept keys) of every row, most keys first, ties by lower row: the order in which the CUDA kernel
-            takes the rows. `with_work_order` adds it, once for all the steps that a mask serves; no other function
-            makes or keeps it. `None`: the kernel's call makes it every time. It never changes a result.
+        work_order: (row, kept keys) of every row, most keys first, ties by lower row: the order in which the CUDA
+            kernel takes the rows. `with_work_order` adds it, once for all the steps that a mask serves; no other
+            function makes or keeps it. `None`: the kernel's call makes it every time. It never changes a result.
         query_block: Queries per slice (`M`): 16, 32, 64 or 128. Static.
         num_keys: Keys (`S`), at least 1. Static.
         num_queries: Queries (`T`), at least 1. Static.
@@ -165,8 +165,8 @@ class SliceMask:
     def with_work_order(self) -> "SliceMask":
         """The same mask with `work_order`: its rows in the order in which the CUDA kernel takes them.
 
-        A sort of the rows' counts: cheap beside making a mask, not beside one call of attention with few kept keys. Worth
-        it for a mask that serves several calls. Only keys below `num_keys` count. Works under `jit` and on stacked masks.
+        Worth it for a mask that serves several calls, as over denoising steps: each call would otherwise read all bits
+        and sort the rows' counts. Only keys below `num_keys` count. Works under `jit` and on stacked masks.
         """
         words = self.bits & _bits.full_words(self.num_keys)
         return _rebuild(
