@@ -10,43 +10,57 @@ namespace fgattn {
 namespace {
 
 template <class C>
-const char* launch(const AttentionArgs& args, cudaStream_t stream) {
+cudaError_t launch(const KernelParams& params, int num_sms, cudaStream_t stream) {
   auto* kernel = attention_kernel<C>;
-  int device = 0, num_sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemory<C>));
-  }
-  if (error == cudaSuccess) error = cudaMemsetAsync(args.next_item, 0, sizeof(int32_t), stream);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int heads = args.batch * args.num_heads, blocks = num_sms * C::kBlocksPerSm;
-  const bool few = int64_t{heads} * args.num_rows < 4 * blocks;
-  KernelParams params{args, Schedule{heads, args.num_rows, few ? 0 : args.num_rows - args.num_rows / 4}};
-  const int items = heads * args.num_rows;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemory<C>));
+  if (error != cudaSuccess) return error;
+  const int blocks = num_sms * C::kBlocksPerSm, items = params.schedule.size();
   kernel<<<items < blocks ? items : blocks, C::kThreads, sizeof(SharedMemory<C>), stream>>>(params);
-  error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return cudaGetLastError();
+}
+
+KernelParams make_params(const AttentionArgs& args, int num_sms) {
+  const int heads = args.batch * args.num_heads;
+  const bool few = int64_t{heads} * args.num_rows < 4 * num_sms;
+  const Workspace workspace{args.next_item, args.next_item + 1, args.next_item + Workspace::kCounters,
+                            4 * heads * args.num_rows};
+  return {args, Schedule{heads, args.num_rows, few ? 0 : args.num_rows - args.num_rows / 4}, workspace, false};
 }
 
 template <class Element, int kHeadDim>
-const char* launch_block(const AttentionArgs& args, cudaStream_t stream) {
-  if (args.query_block == 128) return launch<Config<Element, kHeadDim, 128>>(args, stream);
-  if (args.query_block == 64) return launch<Config<Element, kHeadDim, 64>>(args, stream);
-  return "the kernel takes 64 or 128 queries per slice";
+cudaError_t launch_forms(const AttentionArgs& args, int num_sms, cudaStream_t stream) {
+  KernelParams params = make_params(args, num_sms);
+  if (args.query_block == 128) return launch<Config<Element, kHeadDim, Form::kRow128>>(params, num_sms, stream);
+  cudaError_t error = launch<Config<Element, kHeadDim, Form::kPair64>>(params, num_sms, stream);
+  if (error != cudaSuccess) return error;
+  params.only_left = true;
+  params.workspace.next_item += 2;
+  return launch<Config<Element, kHeadDim, Form::kRow64>>(params, num_sms, stream);
 }
 
 template <class Element>
-const char* launch_head(const AttentionArgs& args, cudaStream_t stream) {
-  if (args.head_dim == 128) return launch_block<Element, 128>(args, stream);
-  if (args.head_dim == 64) return launch_block<Element, 64>(args, stream);
-  return "the kernel takes head widths 64 and 128";
+cudaError_t launch_widths(const AttentionArgs& args, int num_sms, cudaStream_t stream) {
+  return args.head_dim == 128 ? launch_forms<Element, 128>(args, num_sms, stream)
+                              : launch_forms<Element, 64>(args, num_sms, stream);
 }
 
 }  // namespace
 
 const char* launch_attention(const AttentionArgs& args, cudaStream_t stream) {
-  return args.dtype == DType::kBFloat16 ? launch_head<__nv_bfloat16>(args, stream) : launch_head<__half>(args, stream);
+  if (args.head_dim != 64 && args.head_dim != 128) return "the kernel takes head widths 64 and 128";
+  if (args.query_block != 64 && args.query_block != 128) return "the kernel takes 64 or 128 queries per slice";
+  int device = 0, num_sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaMemsetAsync(args.next_item, 0, Workspace::kCounters * sizeof(int32_t), stream);
+  }
+  if (error == cudaSuccess) {
+    error = args.dtype == DType::kBFloat16 ? launch_widths<__nv_bfloat16>(args, num_sms, stream)
+                                           : launch_widths<__half>(args, num_sms, stream);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace fgattn

@@ -16,25 +16,42 @@ namespace fgattn {
 // shortest quarter of every head comes last, all heads together, to fill what the long rows leave idle. With few rows
 // an SM, all of it is done in that second way.
 struct Schedule {
-  int num_heads_total;  // batch * heads
+  int num_heads;  // batch * heads
   int num_rows;
   int rows_by_head;  // rows of each head in the first part
 
   __device__ __forceinline__ void locate(int item, int& head, int& rank) const {
-    const int by_head = num_heads_total * rows_by_head;
+    const int by_head = num_heads * rows_by_head;
     if (item < by_head) {
       head = item / rows_by_head, rank = item - head * rows_by_head;
     } else {
-      const int rest = item - by_head, q = rest / num_heads_total;
-      rank = rows_by_head + q, head = rest - q * num_heads_total;
+      const int rest = item - by_head, q = rest / num_heads;
+      rank = rows_by_head + q, head = rest - q * num_heads;
     }
   }
-  __device__ __forceinline__ int size() const { return num_heads_total * num_rows; }
+  __host__ __device__ __forceinline__ int size() const { return num_heads * num_rows; }
+};
+
+// Two counters, then the rows that kPair64 leaves to kRow64, as head * num_rows + row. A row may stand there several
+// times: then several blocks write the same numbers to the same places.
+struct Workspace {
+  static constexpr int kCounters = 4;
+  int32_t* next_item;
+  int32_t* num_left;
+  int32_t* left;
+  int most_left;
+
+  __device__ __forceinline__ void leave(int row) const {
+    const int at = atomicAdd(num_left, 1);
+    if (at < most_left) left[at] = row;
+  }
 };
 
 struct KernelParams {
   AttentionArgs args;
   Schedule schedule;
+  Workspace workspace;
+  bool only_left;  // kRow64 after kPair64: take rows from the workspace
 };
 
 // A ring of stages whose barriers lie 8 bytes apart: where a role stands in it.
@@ -91,12 +108,23 @@ __device__ __forceinline__ WorkItem next_item(const SharedMemory<C>& shared, con
   __syncwarp();
   if (lane == 0) ptx::barrier_arrive(barriers.item_empty + 8 * stage.slot);
   stage.advance();
-  return WorkItem{raw.x, raw.y, raw.z, raw.w};
+  return WorkItem{raw.x, raw.y, raw.z, 0};
 }
 
 template <class C>
 __device__ __forceinline__ int num_tiles(int count) {
   return (count + C::kTileKeys - 1) / C::kTileKeys;
+}
+
+// Rows of the mask that an item stands for; a pair may lack its second row.
+template <class C>
+__device__ __forceinline__ MaskRows mask_rows(const AttentionArgs& args, int head, int row) {
+  const int batch = head / args.num_heads;
+  const uint32_t* first = args.bits + batch * args.bits_strides.batch +
+                          (head - batch * args.num_heads) * args.bits_strides.head +
+                          static_cast<int64_t>(row) * args.num_words;
+  const bool has_second = C::kPaired && row + 1 < args.num_rows;
+  return {first, first + args.num_words, args.num_words, has_second ? args.num_words : 0, args.num_keys};
 }
 
 // One warp: takes work from the counter, announces it, and turns its bits into key lists.
@@ -105,21 +133,40 @@ __device__ __forceinline__ void decode(SharedMemory<C>& shared, const Barriers<C
                                        int lane) {
   const AttentionArgs& args = params.args;
   KeyRing<C::kTileKeys, C::kKeyLists> ring{barriers.list_full, barriers.list_empty, &shared.lists[0][0]};
+  KeptRing kept{&shared.kept[0][0][0], C::kKeptTiles};
   Stage<C::kItems> stage;
+  const int num_items = params.only_left ? min(*params.workspace.num_left, params.workspace.most_left) : params.schedule.size();
   while (true) {
     int item = 0;
-    if (lane == 0) item = atomicAdd(args.next_item, 1);
+    if (lane == 0) item = atomicAdd(params.workspace.next_item, 1);
     item = __shfl_sync(kAllLanes, item, 0);
-    WorkItem work{0, 0, -1, 0};
-    if (item < params.schedule.size()) {
-      int head, rank;
-      params.schedule.locate(item, head, rank);
-      work.batch = head / args.num_heads;
-      work.head = head - work.batch * args.num_heads;
-      const int2 entry = __ldg(reinterpret_cast<const int2*>(args.work_order + work.batch * args.work_order_strides.batch +
-                                                             work.head * args.work_order_strides.head) + rank);
-      work.row = min(max(entry.x, 0), args.num_rows - 1);
-      work.count = min(max(entry.y, 0), args.num_keys);
+    WorkItem work{0, WorkItem::kNoMore, 0, 0};
+    if (item < num_items) {
+      if (params.only_left) {
+        const int left = params.workspace.left[item];
+        work.head = left / args.num_rows, work.row = left - work.head * args.num_rows;
+        work.count = count_keys(mask_rows<C>(args, work.head, work.row), lane).first;
+      } else {
+        int rank;
+        params.schedule.locate(item, work.head, rank);
+        const int batch = work.head / args.num_heads;
+        const int2 entry = __ldg(reinterpret_cast<const int2*>(args.work_order + batch * args.work_order_strides.batch +
+                                 (work.head - batch * args.num_heads) * args.work_order_strides.head) + rank);
+        work.row = min(max(entry.x, 0), args.num_rows - 1);
+        work.count = min(max(entry.y, 0), args.num_keys);
+        if constexpr (C::kPaired) {
+          if (work.row % 2 != 0) continue;  // comes with the row before it
+          const RowCounts counts = count_keys(mask_rows<C>(args, work.head, work.row), lane);
+          work.count = counts.either;
+          if (counts.either > C::kPairPays * (counts.first + counts.second)) {
+            if (lane == 0) {
+              params.workspace.leave(work.head * args.num_rows + work.row);
+              if (work.row + 1 < args.num_rows) params.workspace.leave(work.head * args.num_rows + work.row + 1);
+            }
+            continue;
+          }
+        }
+      }
     }
     ptx::barrier_wait(barriers.item_empty + 8 * stage.slot, stage.phase ^ 1);
     if (lane == 0) {
@@ -127,25 +174,35 @@ __device__ __forceinline__ void decode(SharedMemory<C>& shared, const Barriers<C
       ptx::barrier_arrive(barriers.item_full + 8 * stage.slot);
     }
     stage.advance();
-    if (work.row < 0) return;
+    if (work.row == WorkItem::kNoMore) return;
     if (work.count == 0) continue;
-    const uint32_t* row = args.bits + work.batch * args.bits_strides.batch + work.head * args.bits_strides.head +
-                          static_cast<int64_t>(work.row) * args.num_words;
+    const MaskRows rows = mask_rows<C>(args, work.head, work.row);
     if (work.count < args.num_keys / 16) {
-      decode_row<4>(ring, row, args.num_words, args.num_keys, work.count, lane);
+      decode_rows<C::kPaired ? 2 : 4, C::kPaired>(ring, kept, rows, work.count, lane);
     } else {
-      decode_row<1>(ring, row, args.num_words, args.num_keys, work.count, lane);
+      decode_rows<1, C::kPaired>(ring, kept, rows, work.count, lane);
     }
   }
 }
 
-// The query that stands at place `place` of the row; past the end, the last one.
-template <class C>
-__device__ __forceinline__ int query_token(const AttentionArgs& args, const WorkItem& work, int place) {
-  const int position = min(work.row * C::kQueryBlock + place, args.num_queries - 1);
+// Where an array of a head begins. `head`: batch * heads + head of the query.
+__device__ __forceinline__ int64_t query_offset(const AttentionArgs& args, const TokenStrides& strides, int head) {
+  const int batch = head / args.num_heads;
+  return batch * strides.batch + (head - batch * args.num_heads) * strides.head;
+}
+
+__device__ __forceinline__ int64_t key_offset(const AttentionArgs& args, const TokenStrides& strides, int head) {
+  const int batch = head / args.num_heads, group = args.num_heads / args.num_kv_heads;
+  return batch * strides.batch + (head - batch * args.num_heads) / group * strides.head;
+}
+
+// The query that stands at a position; behind the last one, the last.
+__device__ __forceinline__ int query_token(const AttentionArgs& args, int head, int position) {
+  position = min(position, args.num_queries - 1);
   if (args.query_order == nullptr) return position;
-  return __ldg(args.query_order + work.batch * args.query_order_strides.batch +
-               work.head * args.query_order_strides.head + position);
+  const int batch = head / args.num_heads;
+  return __ldg(args.query_order + batch * args.query_order_strides.batch +
+               (head - batch * args.num_heads) * args.query_order_strides.head + position);
 }
 
 // One warp: gathers the queries of every row through `query_order`, once the consumers are done with the last row's.
@@ -159,20 +216,21 @@ __device__ __forceinline__ void load_queries(SharedMemory<C>& shared, const Barr
   uint32_t phase = 0;
   while (true) {
     const WorkItem work = next_item(shared, barriers, stage, lane);
-    if (work.row < 0) return;
+    if (work.row == WorkItem::kNoMore) return;
     if (work.count == 0) continue;
-    const char* head = static_cast<const char*>(args.query) +
-                       2 * (work.batch * args.query_strides.batch + work.head * args.query_strides.head) + chunk * 16;
+    const char* head =
+        static_cast<const char*>(args.query) + 2 * query_offset(args, args.query_strides, work.head) + chunk * 16;
     ptx::barrier_wait(barriers.query_empty, phase ^ 1);
     phase ^= 1;
 #pragma unroll 4
-    for (int i = line; i < C::kQueryBlock; i += 4) {
-      const int token = min(max(query_token<C>(args, work, i), 0), args.num_queries - 1);
-      const char* source = head + 2 * token * args.query_strides.token;
+    for (int i = line; i < C::kQueries; i += 4) {
+      const int token = query_token(args, work.head, work.row * C::kQueryBlock + i);
+      const int inside = min(max(token, 0), args.num_queries - 1);
+      const char* source = head + 2 * inside * args.query_strides.token;
       const uint32_t target = query + i * kPanelLineBytes + ((chunk ^ (i % 8)) * 16);
 #pragma unroll
       for (int panel = 0; panel < C::kHeadDim / kPanelColumns; ++panel) {
-        ptx::copy_async_16(target + panel * C::kQueryBlock * kPanelLineBytes, source + panel * kPanelLineBytes);
+        ptx::copy_async_16(target + panel * C::kQueries * kPanelLineBytes, source + panel * kPanelLineBytes);
       }
     }
     ptx::copy_async_arrive(barriers.query_full);
@@ -187,20 +245,16 @@ __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C
   const AttentionArgs& args = params.args;
   const int lane = thread % kWarp;
   const Gather<C::kTileKeys, C::kHeadDim, C::kGatherThreads> tile(thread, static_cast<uint32_t>(2 * args.key_strides.token));
-  const int group = args.num_heads / args.num_kv_heads;
   KeyRing<C::kTileKeys, C::kKeyLists> ring{barriers.list_full, barriers.list_empty, &shared.lists[0][0]};
   const uint32_t tiles = ptx::shared_address(shared.tiles);
   Stage<C::kItems> item_stage;
   Stage<C::kStages> stage;
   while (true) {
     const WorkItem work = next_item(shared, barriers, item_stage, lane);
-    if (work.row < 0) return;
+    if (work.row == WorkItem::kNoMore) return;
     if (work.count == 0) continue;
-    const int64_t kv_head = work.head / group;
-    const char* key = static_cast<const char*>(args.key) +
-                      2 * (work.batch * args.key_strides.batch + kv_head * args.key_strides.head);
-    const char* value = static_cast<const char*>(args.value) +
-                        2 * (work.batch * args.value_strides.batch + kv_head * args.value_strides.head);
+    const char* key = static_cast<const char*>(args.key) + 2 * key_offset(args, args.key_strides, work.head);
+    const char* value = static_cast<const char*>(args.value) + 2 * key_offset(args, args.value_strides, work.head);
     const int last = num_tiles<C>(work.count);
     auto behind = ring;  // values follow one tile behind the keys
 #pragma unroll 1
@@ -239,6 +293,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
   Stage<C::kItems> item_stage;
   Stage<C::kStages> stage;
   uint32_t query_phase = 0;
+  int kept_slot = 0;
 
   float scores[kScores], output[kOutputs];
   uint32_t weights[kScores / 2];
@@ -258,7 +313,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
 #pragma unroll
     for (int k = 0; k < C::kHeadDim / 16; ++k) {
       const int panel = k / 4, column = k % 4 * 32;
-      Wgmma<Element, C::kTileKeys>::shared_by_shared(scores, queries.at(panel * C::kQueryBlock * kPanelLineBytes + column),
+      Wgmma<Element, C::kTileKeys>::shared_by_shared(scores, queries.at(panel * C::kQueries * kPanelLineBytes + column),
                                                      keys.at(panel * C::kTileKeys * kPanelLineBytes + column), k > 0);
     }
     wgmma_commit();
@@ -272,6 +327,20 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
     }
     wgmma_commit();
   };
+  // A pair: scores of the keys that this consumer's row skips become -inf.
+  auto skip_other_row = [&] {
+    const uint32_t* words = shared.kept[kept_slot][consumer % (C::kPaired ? 2 : 1)];
+    uint32_t mine = 0;
+#pragma unroll
+    for (int i = 0; i < kScores; i += 4) {
+      if (i % 16 == 0) mine = ptx::load_shared(ptx::shared_address(words + i / 16)) >> (lane % 4 * 2);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if ((mine >> (i / 4 % 4 * 8 + j) & 1) == 0) scores[i + j] = scores[i + 2 + j] = -INFINITY;
+      }
+    }
+    if (++kept_slot == C::kKeptTiles) kept_slot = 0;
+  };
   auto pack_weights = [&] {
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) weights[i] = ptx::pack<Element>(scores[2 * i], scores[2 * i + 1]);
@@ -280,7 +349,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
   if (C::kConsumers == 2 && consumer == 1) ptx::named_barrier_arrive(1, 256);  // the first one begins
   while (true) {
     const WorkItem work = next_item(shared, barriers, item_stage, lane);
-    if (work.row < 0) return;
+    if (work.row == WorkItem::kNoMore) return;
     OnlineSoftmax<kScores> softmax(scale_log2);
     const int tiles_of_row = num_tiles<C>(work.count);
     if (tiles_of_row > 0) {
@@ -295,10 +364,14 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
       release(barriers.value_empty + 8 * stage.slot);
       stage.advance();
       if (tiles_of_row == 1) release(barriers.query_empty);
+      if constexpr (C::kPaired) {
+        skip_other_row();
+      } else {
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (column < padding) scores[i] = -INFINITY;
+        for (int i = 0; i < kScores; ++i) {
+          const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+          if (column < padding) scores[i] = -INFINITY;
+        }
       }
       softmax.first(scores);
       pack_weights();
@@ -312,6 +385,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
         wgmma_wait<1>();
         release(barriers.key_empty + 8 * stage.slot);
         if (left == 1) release(barriers.query_empty);
+        if constexpr (C::kPaired) skip_other_row();
         float rescale[2];
         const bool moved = softmax.next(scores, rescale);
         wgmma_wait<0>();
@@ -332,25 +406,33 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
       release(barriers.value_empty + 8 * stage.slot);
       stage.advance();
     }
-    const bool empty = tiles_of_row == 0;
+    bool finite = true;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int place = consumer * 64 + thread / kWarp * 16 + lane / 4 + 8 * r;
-      const bool inside = work.row * C::kQueryBlock + place < args.num_queries;
-      const int token = query_token<C>(args, work, place);
-      const float total = empty ? 0.0f : quad_sum(softmax.sum[r]);
+      const int position = work.row * C::kQueryBlock + consumer * 64 + thread / kWarp * 16 + lane / 4 + 8 * r;
+      const int token = query_token(args, work.head, position);
+      const float total = tiles_of_row > 0 ? quad_sum(softmax.sum[r]) : 0.0f;
+      const bool empty = total == 0;  // also a row of a pair none of whose keys is its own
       const float inverse = empty ? 0.0f : 1.0f / total;
-      if (!inside || static_cast<uint32_t>(token) >= static_cast<uint32_t>(args.num_queries)) continue;
-      char* line = static_cast<char*>(args.output) + 2 * (work.batch * args.output_strides.batch +
-          work.head * args.output_strides.head + token * args.output_strides.token);
+      if (position >= args.num_queries || static_cast<uint32_t>(token) >= static_cast<uint32_t>(args.num_queries)) continue;
+      char* line = static_cast<char*>(args.output) +
+                   2 * (query_offset(args, args.output_strides, work.head) + token * args.output_strides.token);
 #pragma unroll
       for (int i = 2 * r; i < kOutputs; i += 4) {
+        if constexpr (C::kPaired) finite = finite && isfinite(output[i] + output[i + 1]);
         const uint32_t pair = empty ? 0 : ptx::pack<Element>(output[i] * inverse, output[i + 1] * inverse);
         *reinterpret_cast<uint32_t*>(line + 2 * (i / 4 * 8 + lane % 4 * 2)) = pair;
       }
       if (lane % 4 == 0) {
         const float lse = empty ? -INFINITY : softmax.reference[r] * args.scale + logf(total);
-        args.lse[(static_cast<int64_t>(work.batch) * args.num_heads + work.head) * args.num_queries + token] = lse;
+        args.lse[static_cast<int64_t>(work.head) * args.num_queries + token] = lse;
+      }
+    }
+    if constexpr (C::kPaired) {
+      // A value that only the other row keeps came in as 0 times itself: NaN if it is not finite. Such rows run alone.
+      const int row = work.row + consumer;
+      if (__any_sync(kAllLanes, !finite && tiles_of_row > 0) && lane == 0 && row < args.num_rows) {
+        params.workspace.leave(work.head * args.num_rows + row);
       }
     }
   }

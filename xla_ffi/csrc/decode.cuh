@@ -6,6 +6,9 @@
 //
 // A step takes kWords words a lane, 32 kWords neighbouring keys: lanes in order hold keys in order, so a prefix sum of
 // the population counts is each lane's place in the list. More words a lane mean fewer prefix sums for sparse rows.
+//
+// A pair of rows is decoded as the union of their keys; the two highest bits of an entry say which rows keep the key,
+// and the same comes out as words of bits for the consumers, `kept`.
 #pragma once
 #include <cstdint>
 
@@ -15,6 +18,8 @@ namespace fgattn {
 
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
+constexpr int kFirstRowBit = 30, kSecondRowBit = 31;
+constexpr uint32_t kKeyMask = (1u << kFirstRowBit) - 1;
 
 // A ring of kDepth lists in shared memory. `full`: one arrival, by the decoder. `empty`: by its readers.
 template <int kTileKeys_, int kDepth>
@@ -35,6 +40,21 @@ struct KeyRing {
   }
 };
 
+// One row of the mask, or two. A second row that is not there has no words.
+struct MaskRows {
+  const uint32_t* first;
+  const uint32_t* second;
+  int num_words, num_second_words, num_keys;
+};
+
+// What the tiles of a pair need besides the lists: a ring of words, [kDepth][2][kTileKeys / 32], that nobody waits for:
+// it is deep enough.
+struct KeptRing {
+  uint32_t* words;
+  int depth;
+  int slot = 0;
+};
+
 __device__ __forceinline__ int prefix_sum(int value, int lane) {
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -51,6 +71,9 @@ __device__ __forceinline__ void load_words(uint32_t (&words)[kWords], const uint
   if constexpr (kWords == 4) {
     const uint4 four = first < num_words ? __ldg(reinterpret_cast<const uint4*>(row + first)) : uint4{0, 0, 0, 0};
     words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+  } else if constexpr (kWords == 2) {
+    const uint2 two = first < num_words ? __ldg(reinterpret_cast<const uint2*>(row + first)) : uint2{0, 0};
+    words[0] = two.x, words[1] = two.y;
   } else {
     static_assert(kWords == 1);
     words[0] = first < num_words ? __ldg(row + first) : 0;
@@ -62,11 +85,31 @@ __device__ __forceinline__ void load_words(uint32_t (&words)[kWords], const uint
   }
 }
 
-// Writes the lists of one row with `count` > 0 kept keys. If the row holds fewer (a work order of another mask), what
+struct RowCounts {
+  int either, first, second;  // keys that the pair, the first, the second row keeps
+};
+
+// Counts the bits of one or two rows by a warp.
+__device__ __forceinline__ RowCounts count_keys(const MaskRows& rows, int lane) {
+  RowCounts counts{0, 0, 0};
+#pragma unroll 4
+  for (int at = lane * 4; at < rows.num_words; at += kWarp * 4) {
+    uint32_t a[4], b[4];
+    load_words(a, rows.first, at, rows.num_words, rows.num_keys);
+    load_words(b, rows.second, at, rows.num_second_words, rows.num_keys);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      counts.either += __popc(a[i] | b[i]), counts.first += __popc(a[i]), counts.second += __popc(b[i]);
+    }
+  }
+  return {__reduce_add_sync(kAllLanes, counts.either), __reduce_add_sync(kAllLanes, counts.first),
+          __reduce_add_sync(kAllLanes, counts.second)};
+}
+
+// Writes the lists of one row or pair with `count` > 0 kept keys. If it holds fewer (a work order of another mask), what
 // stands in the ring from before fills the rest: always a valid key. Keys beyond `count` are left out.
-template <int kWords, class Ring>
-__device__ __forceinline__ void decode_row(Ring& ring, const uint32_t* row, int num_words, int num_keys, int count,
-                                           int lane) {
+template <int kWords, bool kPaired, class Ring>
+__device__ __forceinline__ void decode_rows(Ring& ring, KeptRing& kept, const MaskRows& rows, int count, int lane) {
   constexpr int kTileKeys = Ring::kTileKeys;
   const int end = (count + kTileKeys - 1) / kTileKeys * kTileKeys;
   const int padding = end - count;
@@ -75,28 +118,50 @@ __device__ __forceinline__ void decode_row(Ring& ring, const uint32_t* row, int 
   ring.wait_empty();
 
   auto finish_tile = [&] {
+    int* list = ring.list();
     __syncwarp();
     if (tile_end == kTileKeys && padding > 0) {
-      int* list = ring.list();
-      const int key = list[padding];
+      const int key = list[padding] & kKeyMask;  // kept by no row, here
       for (int i = lane; i < padding; i += kWarp) list[i] = key;
       __syncwarp();
+    }
+    if constexpr (kPaired) {
+      uint32_t* words = kept.words + kept.slot * (kTileKeys / 16);
+#pragma unroll
+      for (int i = 0; i < kTileKeys / 32; ++i) {
+        const uint32_t entry = list[i * 32 + lane];
+        const uint32_t first = __ballot_sync(kAllLanes, entry >> kFirstRowBit & 1);
+        const uint32_t second = __ballot_sync(kAllLanes, entry >> kSecondRowBit & 1);
+        if (lane == 0) words[i] = first, words[kTileKeys / 32 + i] = second;
+      }
+      if (++kept.slot == kept.depth) kept.slot = 0;
     }
     if (lane == 0) ring.arrive_full();
     ring.advance();
     tile_end += kTileKeys;
     if (tile_end <= end) ring.wait_empty();
   };
+  auto load = [&](uint32_t (&first)[kWords], uint32_t (&second)[kWords], int at) {
+    load_words(first, rows.first, at, rows.num_words, rows.num_keys);
+    if constexpr (kPaired) load_words(second, rows.second, at, rows.num_second_words, rows.num_keys);
+  };
 
-  uint32_t next[kWords];
-  load_words(next, row, lane * kWords, num_words, num_keys);
-  for (int first = 0; first < num_words && tile_end <= end; first += kWarp * kWords) {
-    uint32_t words[kWords];
+  uint32_t next_first[kWords], next_second[kWords];
+  load(next_first, next_second, lane * kWords);
+  for (int step = 0; step < rows.num_words && tile_end <= end; step += kWarp * kWords) {
+    uint32_t words[kWords], first_words[kWords], second_words[kWords];
     int found = 0;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = next[i], found += __popc(words[i]);
-    const int mine = first + lane * kWords;
-    load_words(next, row, mine + kWarp * kWords, num_words, num_keys);
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = next_first[i];
+      if constexpr (kPaired) {
+        first_words[i] = next_first[i], second_words[i] = next_second[i];
+        words[i] |= next_second[i];
+      }
+      found += __popc(words[i]);
+    }
+    const int mine = step + lane * kWords;
+    load(next_first, next_second, mine + kWarp * kWords);
     const int up_to_here = prefix_sum(found, lane);
     int at = place + up_to_here - found;
     place += __shfl_sync(kAllLanes, up_to_here, kWarp - 1);
@@ -105,7 +170,12 @@ __device__ __forceinline__ void decode_row(Ring& ring, const uint32_t* row, int 
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         while (words[i] != 0 && at < tile_end) {
-          list[at++] = (mine + i) * 32 + __ffs(words[i]) - 1;
+          const int bit = __ffs(words[i]) - 1;
+          uint32_t entry = (mine + i) * 32 + bit;
+          if constexpr (kPaired) {
+            entry |= (first_words[i] >> bit & 1) << kFirstRowBit | (second_words[i] >> bit & 1) << kSecondRowBit;
+          }
+          list[at++] = entry;
           words[i] &= words[i] - 1;
         }
       }

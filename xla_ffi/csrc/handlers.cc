@@ -299,6 +299,13 @@ FGATTN_EXPORT int fgattn_ffi_api_minor() { return XLA_FFI_API_MINOR; }
 // Raised with every change of targets, operands, results or attributes.
 FGATTN_EXPORT int fgattn_abi_version() { return 1; }
 
+// SHA-256 over the sources as the build saw them (tests/gpu_ledger.py says how), empty where the build passed none. A run of
+// the GPU tests counts for those sources only.
+#ifndef FGATTN_SOURCE_HASH
+#define FGATTN_SOURCE_HASH ""
+#endif
+FGATTN_EXPORT const char* fgattn_source_hash() { return FGATTN_SOURCE_HASH; }
+
 // Both launches allocate nothing and never wait, so that CUDA graphs may record them.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FgattnAttention, attention,
                               ffi::Ffi::Bind()

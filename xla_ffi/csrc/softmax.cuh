@@ -29,10 +29,12 @@ template <int kScores>
 struct OnlineSoftmax {
   float scale_log2;
   float slack;         // kSlack in units of unscaled scores
+  float lowest;        // the reference of a row that has seen no score above -inf
   float reference[2];  // the same in the four threads of a row
   float sum[2];        // of this thread's columns
 
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2_) : scale_log2(scale_log2_), slack(kSlack / scale_log2_) {}
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2_) 
+      : scale_log2(scale_log2_), slack(kSlack / scale_log2_), lowest(-3.0e38f / fmaxf(scale_log2_, 1.0f)) {}
 
   __device__ __forceinline__ static void row_max(const float (&s)[kScores], float (&top)[2]) {
     top[0] = fmaxf(s[0], s[1]), top[1] = fmaxf(s[2], s[3]);
@@ -42,9 +44,6 @@ struct OnlineSoftmax {
       top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
     }
   }
-
-  // A score of -inf (an overflow in the product) must not become the reference: inf - inf is NaN.
-  __device__ __forceinline__ static float finite(float x) { return fmaxf(x, -3.0e38f); }
 
   __device__ __forceinline__ void exponentials(float (&s)[kScores]) {
     const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
@@ -64,7 +63,7 @@ struct OnlineSoftmax {
     float top[2];
     row_max(s, top);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) reference[r] = finite(quad_max(top[r])), sum[r] = 0;
+    for (int r = 0; r < 2; ++r) reference[r] = fmaxf(quad_max(top[r]), lowest), sum[r] = 0;  // -inf - -inf would be NaN
     exponentials(s);
   }
 
