@@ -1,0 +1,1 @@
+"""Benchmarks that need other projects beside this one; `fgattn bench` measures this project alone."""

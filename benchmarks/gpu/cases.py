@@ -1,0 +1,180 @@
+"""What is measured, with whom, and which bar stands where."""
+
+import dataclasses
+from typing import Any, Literal
+
+OURS = ("cuda", "pallas")
+"""Kernels of this project; bars are for the first that was measured."""
+
+FLASHINFER = ("flashinfer_fused", "flashinfer_launches")
+"""FlashInfer with one key per block and a mask per head: all heads in one launch, or one launch a head."""
+
+DENSE = ("fa3", "fa4", "flashinfer", "cudnn", "tokamax")
+"""Contestants that compute everything, whatever the mask says."""
+
+FA4_BLOCKS = ("fa4_128x128", "fa4_128x64")
+"""Kernels of whole blocks: random blocks of their own at the same density."""
+
+MaskKind = Literal["random", "full", "uneven", "overlap", "video", "file"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A figure to reach; what is given must hold together.
+
+    Args:
+        tflops: At least this many useful TFLOP/s.
+        factor: At least this many times the rate of `against`.
+        against: Contestants of which the fastest counts; one of `OURS` compares with ourselves.
+        case: The case where `against` was measured; None is the same case.
+    """
+
+    tflops: float | None = None
+    factor: float | None = None
+    against: tuple[str, ...] = ()
+    case: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The bar in a table cell."""
+        parts = [] if self.tflops is None else [f">= {self.tflops:g}"]
+        if self.factor is not None:
+            where = f" at {self.case!r}" if self.case else ""
+            parts.append(f">= {self.factor:g}x {self.against[0].partition('_')[0]}{where}")
+        return " and ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuCase:
+    """One call, B = 1.
+
+    Args:
+        name: In words; part of result rows.
+        num_queries: `T`.
+        num_keys: `S`.
+        num_heads: `N`.
+        num_kv_heads: `K`.
+        head_dim: `H`.
+        query_block: `M`.
+        dtype: "bfloat16" or "float16".
+        mask: See `benchmarks.gpu.masks`; "file" is layer `layer` of the mask file of `--dit-masks`.
+        density: Kept share of all slices.
+        overlap: For "overlap": shared part of neighbouring rows' keys.
+        grid: For "video": tokens per axis.
+        order: For "video": name of the query order, as `fgattn_jax.query_order.resolve` takes it.
+        layer: For "file".
+        contestants: Who takes part, ours first.
+        must: Bar of the issue; None only reports.
+        stretch: Its second bar.
+        quick: Part of a `--quick` run.
+        device_timer: Also ask the device's own timer, as a check of the common one.
+    """
+
+    name: str
+    num_queries: int = 32760
+    num_keys: int = 32760
+    num_heads: int = 12
+    num_kv_heads: int = 12
+    head_dim: int = 128
+    query_block: int = 128
+    dtype: str = "bfloat16"
+    mask: MaskKind = "random"
+    density: float = 0.3
+    overlap: float | None = None
+    grid: tuple[int, int, int] | None = None
+    order: str | None = None
+    layer: int = 0
+    contestants: tuple[str, ...] = (*OURS, "fa3")
+    must: Bar | None = None
+    stretch: Bar | None = None
+    quick: bool = False
+    device_timer: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """`R`."""
+        return -(-self.num_queries // self.query_block)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores."""
+        return self.head_dim**-0.5
+
+    def flops(self, density: float, num_queries: int | None = None, num_keys: int | None = None) -> float:
+        """`4 * T * S * H * N * density`; lengths only where a contestant takes others."""
+        queries, keys = num_queries or self.num_queries, num_keys or self.num_keys
+        return 4.0 * queries * keys * self.head_dim * self.num_heads * density
+
+
+EVEN = "480p, density 0.3"
+_SPARSE = (*OURS, "fa3", *FLASHINFER)
+_BLOCKS = (*_SPARSE, *FA4_BLOCKS)
+_LARGE: dict[str, Any] = {"num_queries": 75600, "num_keys": 75600, "num_heads": 8}
+_VIDEO: dict[str, Any] = {"mask": "video", "grid": (21, 30, 52)}
+
+
+def _flashinfer(tflops: float, factor: float) -> Bar:
+    return Bar(tflops=tflops, factor=factor, against=FLASHINFER)
+
+
+def _at_fa3(tflops: float) -> Bar:
+    return Bar(tflops=tflops, factor=1.0, against=("fa3",))
+
+
+CASES: tuple[GpuCase, ...] = (
+    GpuCase(EVEN, contestants=_BLOCKS, must=_flashinfer(640, 1.22), stretch=_at_fa3(700), quick=True,
+            device_timer=True),
+    GpuCase("480p, full", mask="full", density=1.0, contestants=(*OURS, *DENSE),
+            must=Bar(factor=0.92, against=("fa3",)), stretch=Bar(factor=1.0, against=("fa3",)), quick=True,
+            device_timer=True),
+    GpuCase("480p, density 0.5", density=0.5, contestants=_BLOCKS, must=_flashinfer(640, 1.22), stretch=_at_fa3(700),
+            quick=True),
+    GpuCase("480p, density 0.1", density=0.1, contestants=_BLOCKS, must=_flashinfer(580, 1.2),
+            stretch=Bar(tflops=640), quick=True),
+    GpuCase("480p, density 0.03", density=0.03, contestants=_SPARSE, must=Bar(tflops=450), stretch=Bar(tflops=540),
+            device_timer=True),
+    GpuCase("480p, density 0.2", density=0.2, contestants=_BLOCKS),
+    GpuCase("480p, density 0.7", density=0.7, contestants=_SPARSE),
+    GpuCase("480p, density 0.88", density=0.88, contestants=_SPARSE),
+    GpuCase("480p, uneven rows, density 0.3", mask="uneven", contestants=_SPARSE,
+            must=Bar(factor=0.95, against=OURS, case=EVEN), stretch=Bar(factor=0.98, against=OURS, case=EVEN)),
+    GpuCase("720p, 8 of 40 heads, density 0.3", **_LARGE, contestants=(*_SPARSE, "cudnn"), must=Bar(tflops=600),
+            stretch=Bar(tflops=660)),
+    GpuCase("480p, H=64, density 0.3", head_dim=64, contestants=(*_SPARSE, "cudnn"), must=Bar(tflops=460),
+            stretch=Bar(tflops=500)),
+    GpuCase("480p, M=64, overlap 0.6, density 0.3", query_block=64, mask="overlap", overlap=0.6, contestants=_SPARSE,
+            must=Bar(tflops=400), stretch=Bar(tflops=480)),
+    GpuCase("480p, M=64, overlap 0.3, density 0.3", query_block=64, mask="overlap", overlap=0.3, contestants=_SPARSE),
+    GpuCase("480p, M=64, overlap 0.8, density 0.3", query_block=64, mask="overlap", overlap=0.8, contestants=_SPARSE),
+    GpuCase("480p, video windows, density 0.3", **_VIDEO, contestants=_SPARSE),
+    GpuCase("480p, video windows in cubes, density 0.3", **_VIDEO, order="cubes_2x8x8", contestants=(*OURS, "fa3")),
+    GpuCase("480p, float16, density 0.3", dtype="float16"),
+    GpuCase("480p, 12 heads on 3, density 0.3", num_kv_heads=3, contestants=_SPARSE),
+    GpuCase("DiT, long clip, layer 2", num_queries=8192, num_keys=8192, num_heads=4, num_kv_heads=4, head_dim=64,
+            mask="file", layer=2, contestants=(*OURS, "fa3", "cudnn")),
+    GpuCase("DiT, long clip, layer 5", num_queries=8192, num_keys=8192, num_heads=4, num_kv_heads=4, head_dim=64,
+            mask="file", layer=5, contestants=(*OURS, "fa3", "cudnn")),
+    GpuCase("720p, 8 of 40 heads, density 0.1", **_LARGE, density=0.1, contestants=(*OURS, "fa3", *FLASHINFER)),
+)  # fmt: skip
+"""The cases of the issue's table, the ones that matter most first: a run that ends early has measured those."""
+
+BREAK_EVEN_BAR = 0.88
+"""Least density at which ours may take as long as the fastest dense contestant."""
+
+LINEARITY_BAR = 0.999
+"""Least R^2 of time over kept slices."""
+
+
+def cases_of(*, quick: bool, names: tuple[str, ...] = ()) -> tuple[GpuCase, ...]:
+    """The cases of a run.
+
+    Raises:
+        ValueError: No case has one of the names.
+    """
+    if not names:
+        return tuple(case for case in CASES if case.quick or not quick)
+    known = {case.name: case for case in CASES}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"expected a case among {', '.join(map(repr, known))}; got {name!r}")
+    return tuple(known[name] for name in names)

@@ -1,0 +1,92 @@
+"""This project's own implementations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import fgattn_jax
+from benchmarks.gpu.cases import GpuCase
+from benchmarks.gpu.inputs import CaseFiles
+from benchmarks.peers.base import Fetched, Program
+from benchmarks.peers.jax_side import AbstractJaxPeer, fetch_queries, load
+from fgattn_jax.masks import SliceMask
+from fgattn_jax.pallas_kernels import support as pallas_support
+from fgattn_jax.xla_ffi import attention as cuda_attention
+from fgattn_jax.xla_ffi import support as cuda_support
+
+
+class FgattnPeer(AbstractJaxPeer):
+    """`cuda`, `pallas` and `xla`, each with its LSE.
+
+    Args:
+        allow_unreleased: Let the CUDA kernel of this process run although its tests on a GPU are not recorded.
+    """
+
+    names = ("cuda", "pallas", "xla")
+
+    def __init__(self, *, allow_unreleased: bool):
+        super().__init__()
+        if allow_unreleased:
+            cuda_support.RELEASED = True
+
+    def why_not(self, name: str, case: GpuCase) -> str | None:
+        """See `AbstractPeer.why_not`."""
+        if name == "xla" or (reason := super().why_not(name, case)):
+            return None if name == "xla" else reason
+        support = cuda_support if name == "cuda" else pallas_support
+        device = jax.devices()[0]
+        facts: dict[str, Any] = {"head_dim": case.head_dim, "query_block": case.query_block, "dtype": case.dtype}
+        facts |= {"platform": device.platform}
+        if name == "cuda":
+            facts |= {"compute_capability": getattr(device, "compute_capability", None)}
+        return "; ".join(support.unsupported_reasons(**facts)) or None
+
+    def prepare(self, name: str, case: GpuCase, files: CaseFiles) -> Program:
+        """See `AbstractPeer.prepare`."""
+        for array in ("bits", "query_order"):
+            if array in files.arrays and array not in self._arrays:
+                self._arrays[array] = (
+                    load(files, array)[None, None] if array == "query_order" else load(files, array)[None]
+                )
+        bits, order = self._arrays["bits"], self._arrays.get("query_order")
+        qkv = self.qkv(case, files)
+        if name == "cuda":
+            return self._cuda(case, qkv, bits, order)
+        mask = SliceMask(
+            bits, order, query_block=case.query_block, num_keys=case.num_keys, num_queries=case.num_queries
+        )
+
+        def run(query: jax.Array, key: jax.Array, value: jax.Array, mask: SliceMask) -> Any:
+            return fgattn_jax.attention_with_lse(query, key, value, mask, scale=case.scale, implementation=name)
+
+        return Program(self.program((name, case.query_block, case.scale), run, (*qkv, mask)), _fetch)
+
+    def _cuda(self, case: GpuCase, qkv: tuple[jax.Array, ...], bits: jax.Array, order: jax.Array | None) -> Program:
+        make_order = self.program(("work order", case.num_keys), self._work_order(case.num_keys), (bits,))
+        work_order = make_order()
+
+        def run(query: jax.Array, key: jax.Array, value: jax.Array, bits: jax.Array, *orders: jax.Array) -> Any:
+            return cuda_attention.forward(
+                query, key, value, bits, orders[1] if len(orders) == 2 else None, orders[0],
+                scale=case.scale, query_block=case.query_block,
+            )  # fmt: skip
+
+        orders = (work_order,) if order is None else (work_order, order)
+        call = self.program(("cuda", case.query_block, case.scale), run, (*qkv, bits, *orders))
+        return Program(call, _fetch, plan=lambda: jax.block_until_ready(make_order()))
+
+    @staticmethod
+    def _work_order(num_keys: int) -> Any:
+        return lambda bits: cuda_attention.work_order(bits, num_keys=num_keys)
+
+
+def _fetch(arrays: Any, queries: Any) -> Fetched:
+    output, lse = arrays
+    return fetch_queries(jnp.asarray(output)[0], jnp.asarray(lse)[0], queries)
+
+
+def make_peer(options: Mapping[str, Any]) -> FgattnPeer:
+    """The peer of this module."""
+    return FgattnPeer(allow_unreleased=bool(options.get("allow_unreleased")))
