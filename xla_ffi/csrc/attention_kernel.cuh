@@ -1,4 +1,32 @@
 // Forward attention over a slice mask on Hopper: the gather-load kernel (FG-Attn, arXiv 2509.16518, section 4).
+//
+//   work counter, work order, mask bits          K, V                        Q (through query_order)
+//          |                                      |                           |
+//     [decode] 1 warp --key lists--> [gather] 2 warps --tiles--> [consume] 1-2 warpgroups --> O, LSE
+//          |                                                     ^  64 queries each
+//          +--items (head, row, count), read by all roles        |
+//                                    [load_queries] 1 warp --Q---+
+//
+// The grid is persistent: a block takes rows from one counter until none is left. All roles walk through the same items.
+// A row of n keys has t = ceil(n / kTileKeys) tiles and t + 1 stages; stage j holds the keys of tile j and the values of
+// tile j - 1, which is what step j of the consumers reads: S(j) = Q K(j)^T is issued together with O += P(j-1) V(j-1), and
+// the softmax of S(j) runs while the tensor cores finish that and serve the other consumer, with which it takes turns.
+//
+// barrier        arrivals                       who waits, for what
+// item_full      1 decoder                      all other roles: the next item stands in its place
+// item_empty     1 a warp of those roles        decoder: everybody has read the item that stood there
+// list_full      1 decoder                      gather: the key numbers of a tile are written
+// list_empty     1 a gather warp                decoder: its keys' and values' copies have been started
+// tile_full      1 a gather thread, when its    consumers: a stage has landed
+//                copies have landed
+// key_empty      1 a consumer warp              gather: S has been computed from the keys
+// value_empty    1 a consumer warp              gather: O has been computed from the values
+// query_full     1 a lane of the query loader   consumers: Q has landed
+// query_empty    1 a consumer warp              query loader: the row's last S has been computed
+// named 1, 2     128 + 128                      consumer 0, 1: the other one has issued its products
+//
+// The caller guarantees the shapes of launch.h. Whatever stands in mask, work order and query order, nothing is read or
+// written out of bounds: rows, counts and queries are clamped, and bits past the last key are cleared.
 #pragma once
 #include <cstdint>
 
@@ -440,6 +468,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) attention_kernel(const __grid_constant__ KernelParams params) {
+  static_assert(sizeof(SharedMemory<C>) <= C::kBlockBytes);
   extern __shared__ __align__(1024) char raw[];
   SharedMemory<C>& shared = *reinterpret_cast<SharedMemory<C>*>(raw);
   const Barriers<C> barriers(shared);
@@ -448,19 +477,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) attention_kernel
   if (threadIdx.x == 0) barriers.init();
   for (int i = threadIdx.x; i < C::kKeyLists * C::kTileKeys; i += C::kThreads) shared.lists[0][i] = 0;
   __syncthreads();
-  if (warpgroup < C::kProducers) {
+  if (warpgroup == 0) {
     ptx::give_registers<C::kProducerRegisters>();
-    const int warp = threadIdx.x / kWarp;
+    const int warp = thread / kWarp;
     if (warp == 0) {
       decode<C>(shared, barriers, params, lane);
     } else if (warp == 1) {
       load_queries<C>(shared, barriers, params, lane);
-    } else if (warp >= C::kFirstGatherWarp) {
-      gather<C>(shared, barriers, params, threadIdx.x - C::kFirstGatherWarp * kWarp);
+    } else {
+      gather<C>(shared, barriers, params, thread - C::kFirstGatherWarp * kWarp);
     }
   } else {
     ptx::take_registers<C::kConsumerRegisters>();
-    consume<C>(shared, barriers, params, warpgroup - C::kProducers, thread);
+    consume<C>(shared, barriers, params, warpgroup - 1, thread);
   }
 }
 
