@@ -16,7 +16,7 @@ cudaError_t launch(const KernelParams& params, int num_sms, cudaStream_t stream)
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemory<C>));
   if (error != cudaSuccess) return error;
   const int blocks = num_sms * C::kBlocksPerSm, items = params.schedule.size();
-  kernel<<<items < blocks ? items : blocks, C::kThreads, sizeof(SharedMemory<C>), stream>>>(params);
+  kernel < <<items<blocks ? items : blocks, C::kThreads, sizeof(SharedMemory<C>), stream>>>(params);
   return cudaGetLastError();
 }
 

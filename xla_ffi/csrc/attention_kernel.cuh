@@ -7,10 +7,11 @@
 //          +--items (head, row, count), read by all roles        |
 //                                    [load_queries] 1 warp --Q---+
 //
-// The grid is persistent: a block takes rows from one counter until none is left. All roles walk through the same items.
-// A row of n keys has t = ceil(n / kTileKeys) tiles and t + 1 stages; stage j holds the keys of tile j and the values of
-// tile j - 1, which is what step j of the consumers reads: S(j) = Q K(j)^T is issued together with O += P(j-1) V(j-1), and
-// the softmax of S(j) runs while the tensor cores finish that and serve the other consumer, with which it takes turns.
+// The grid is persistent: a block takes rows from one counter until none is left. All roles walk through the same
+// items. A row of n keys has t = ceil(n / kTileKeys) tiles and t + 1 stages; stage j holds the keys of tile j and the
+// values of tile j - 1, which is what step j of the consumers reads: S(j) = Q K(j)^T is issued together with O +=
+// P(j-1) V(j-1), and the softmax of S(j) runs while the tensor cores finish that and serve the other consumer, with
+// which it takes turns.
 //
 // barrier        arrivals                       who waits, for what
 // item_full      1 decoder                      all other roles: the next item stands in its place
@@ -163,7 +164,8 @@ __device__ __forceinline__ void decode(SharedMemory<C>& shared, const Barriers<C
   KeyRing<C::kTileKeys, C::kKeyLists> ring{barriers.list_full, barriers.list_empty, &shared.lists[0][0]};
   KeptRing kept{&shared.kept[0][0][0], C::kKeptTiles};
   Stage<C::kItems> stage;
-  const int num_items = params.only_left ? min(*params.workspace.num_left, params.workspace.most_left) : params.schedule.size();
+  const int num_items =
+      params.only_left ? min(*params.workspace.num_left, params.workspace.most_left) : params.schedule.size();
   while (true) {
     int item = 0;
     if (lane == 0) item = atomicAdd(params.workspace.next_item, 1);
@@ -178,8 +180,10 @@ __device__ __forceinline__ void decode(SharedMemory<C>& shared, const Barriers<C
         int rank;
         params.schedule.locate(item, work.head, rank);
         const int batch = work.head / args.num_heads;
-        const int2 entry = __ldg(reinterpret_cast<const int2*>(args.work_order + batch * args.work_order_strides.batch +
-                                 (work.head - batch * args.num_heads) * args.work_order_strides.head) + rank);
+        const int2 entry =
+            __ldg(reinterpret_cast<const int2*>(args.work_order + batch * args.work_order_strides.batch +
+                                                (work.head - batch * args.num_heads) * args.work_order_strides.head) +
+                  rank);
         work.row = min(max(entry.x, 0), args.num_rows - 1);
         work.count = min(max(entry.y, 0), args.num_keys);
         if constexpr (C::kPaired) {
@@ -272,7 +276,8 @@ __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C
                                        int thread) {
   const AttentionArgs& args = params.args;
   const int lane = thread % kWarp;
-  const Gather<C::kTileKeys, C::kHeadDim, C::kGatherThreads> tile(thread, static_cast<uint32_t>(2 * args.key_strides.token));
+  const Gather<C::kTileKeys, C::kHeadDim, C::kGatherThreads> tile(thread,
+                                                                  static_cast<uint32_t>(2 * args.key_strides.token));
   KeyRing<C::kTileKeys, C::kKeyLists> ring{barriers.list_full, barriers.list_empty, &shared.lists[0][0]};
   const uint32_t tiles = ptx::shared_address(shared.tiles);
   Stage<C::kItems> item_stage;
@@ -293,7 +298,7 @@ __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C
         ptx::barrier_wait(barriers.key_empty + 8 * stage.slot, stage.phase ^ 1);
         tile.start(ptx::shared_address(ring.list()), key, here);
         ring.advance();
-      } 
+      }
       if (step > 0) {
         ptx::barrier_wait(barriers.value_empty + 8 * stage.slot, stage.phase ^ 1);
         tile.start(ptx::shared_address(behind.list()), value, here + C::kTileBytes);
@@ -309,8 +314,8 @@ __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C
 
 // One warpgroup of 64 queries: scores, softmax, output. Two of them take turns at the tensor cores.
 template <class C>
-__device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<C>& barriers, const KernelParams& params,
-                                        int consumer, int thread) {
+__device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<C>& barriers,
+                                        const KernelParams& params, int consumer, int thread) {
   using Element = typename C::Element;
   constexpr int kScores = C::kTileKeys / 2, kOutputs = C::kHeadDim / 2;
   const AttentionArgs& args = params.args;
@@ -442,7 +447,8 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
       const float total = tiles_of_row > 0 ? quad_sum(softmax.sum[r]) : 0.0f;
       const bool empty = total == 0;  // also a row of a pair none of whose keys is its own
       const float inverse = empty ? 0.0f : 1.0f / total;
-      if (position >= args.num_queries || static_cast<uint32_t>(token) >= static_cast<uint32_t>(args.num_queries)) continue;
+      if (position >= args.num_queries || static_cast<uint32_t>(token) >= static_cast<uint32_t>(args.num_queries))
+        continue;
       char* line = static_cast<char*>(args.output) +
                    2 * (query_offset(args, args.output_strides, work.head) + token * args.output_strides.token);
 #pragma unroll
@@ -467,7 +473,8 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) attention_kernel(const __grid_constant__ KernelParams params) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
+    attention_kernel(const __grid_constant__ KernelParams params) {
   static_assert(sizeof(SharedMemory<C>) <= C::kBlockBytes);
   extern __shared__ __align__(1024) char raw[];
   SharedMemory<C>& shared = *reinterpret_cast<SharedMemory<C>*>(raw);

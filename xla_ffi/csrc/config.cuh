@@ -40,8 +40,8 @@ struct Config {
   // Tiles that may be under way between decoder and consumers, whose kept bits must not be overwritten.
   static constexpr int kKeptTiles = kPaired ? kKeyLists + kStages + 2 : 1;
 
-  // A pair runs as one when the union of its keys is at most this share of the sum: tiles of 128 queries run at a higher
-  // rate, which pays for the keys of one row that the other skips.
+  // A pair runs as one when the union of its keys is at most this share of the sum: tiles of 128 queries run at a
+  // higher rate, which pays for the keys of one row that the other skips.
   static constexpr float kPairPays = 0.74f;
 };
 
@@ -60,7 +60,8 @@ struct alignas(1024) SharedMemory {
   char tiles[C::kStages][2][C::kTileBytes];  // keys of a tile, values of the tile before it
   int lists[C::kKeyLists][C::kTileKeys];
   WorkItem items[C::kItems];
-  uint32_t kept[C::kKeptTiles][C::kPaired ? 2 : 1][C::kPaired ? C::kTileKeys / 32 : 1];  // which row keeps a tile's keys
+  uint32_t kept[C::kKeptTiles][C::kPaired ? 2 : 1]
+               [C::kPaired ? C::kTileKeys / 32 : 1];  // which row keeps a tile's keys
   uint64_t query_full, query_empty;
   uint64_t tile_full[C::kStages], key_empty[C::kStages], value_empty[C::kStages];
   uint64_t list_full[C::kKeyLists], list_empty[C::kKeyLists];

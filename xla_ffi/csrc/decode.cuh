@@ -106,8 +106,8 @@ __device__ __forceinline__ RowCounts count_keys(const MaskRows& rows, int lane) 
           __reduce_add_sync(kAllLanes, counts.second)};
 }
 
-// Writes the lists of one row or pair with `count` > 0 kept keys. If it holds fewer (a work order of another mask), what
-// stands in the ring from before fills the rest: always a valid key. Keys beyond `count` are left out.
+// Writes the lists of one row or pair with `count` > 0 kept keys. If it holds fewer (a work order of another mask),
+// what stands in the ring from before fills the rest: always a valid key. Keys beyond `count` are left out.
 template <int kWords, bool kPaired, class Ring>
 __device__ __forceinline__ void decode_rows(Ring& ring, KeptRing& kept, const MaskRows& rows, int count, int lane) {
   constexpr int kTileKeys = Ring::kTileKeys;

@@ -5,9 +5,10 @@
 //   key 17  ........................................  ->  line 1  |c1 c0 c3 c2 c5 c4 c7 c6|   chunk c of line r
 //   key 18  ........................................  ->  line 2  |c2 c3 c0 c1 c6 c7 c4 c5|   at place c ^ (r % 8)
 //
-// Eight neighbouring lanes copy one 128-byte piece of a line, so a warp's instruction moves 4 lines x 128 bytes in whole
-// sectors and without bank conflicts. Thread t owns chunk t % 8 of lines t / 8 + 16 i: 16 is a multiple of 8, so its
-// place in the swizzle is one constant, and a line costs one address product and H / 64 copies. (With 64 threads: 8 i.)
+// Eight neighbouring lanes copy one 128-byte piece of a line, so a warp's instruction moves 4 lines x 128 bytes in
+// whole sectors and without bank conflicts. Thread t owns chunk t % 8 of lines t / 8 + 16 i: 16 is a multiple of 8, so
+// its place in the swizzle is one constant, and a line costs one address product and H / 64 copies. (With 64 threads: 8
+// i.)
 #pragma once
 #include <cstdint>
 
@@ -15,7 +16,7 @@
 
 namespace fgattn {
 
-constexpr int kPanelColumns = 64;                // 128 bytes: the width of the swizzle
+constexpr int kPanelColumns = 64;  // 128 bytes: the width of the swizzle
 constexpr int kPanelLineBytes = 128;
 
 template <int kTileKeys, int kHeadDim, int kThreads>

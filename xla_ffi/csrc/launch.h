@@ -4,9 +4,9 @@
 // Axes: B batch, T queries, S keys, N query heads, K key/value heads (N is a multiple of K), H head width,
 // M queries per slice, R = ceil(T / M) rows, W 32-bit words of a mask row (a multiple of 4).
 #pragma once
-#include <cstdint>
-
 #include <cuda_runtime_api.h>
+
+#include <cstdint>
 
 namespace fgattn {
 

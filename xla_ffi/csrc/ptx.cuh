@@ -1,9 +1,9 @@
 // One-line names for the PTX instructions of Hopper that the kernels use (PTX ISA 8.0 and later, sm_90a).
 #pragma once
-#include <cstdint>
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cstdint>
 
 namespace fgattn::ptx {
 

@@ -33,7 +33,7 @@ struct OnlineSoftmax {
   float reference[2];  // the same in the four threads of a row
   float sum[2];        // of this thread's columns
 
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2_) 
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2_)
       : scale_log2(scale_log2_), slack(kSlack / scale_log2_), lowest(-3.0e38f / fmaxf(scale_log2_, 1.0f)) {}
 
   __device__ __forceinline__ static void row_max(const float (&s)[kScores], float (&top)[2]) {
@@ -67,8 +67,8 @@ struct OnlineSoftmax {
     exponentials(s);
   }
 
-  // Scores of a later tile -> exponentials. Returns, the same in the whole warp, whether the output made so far has to be
-  // multiplied by `rescale`.
+  // Scores of a later tile -> exponentials. Returns, the same in the whole warp, whether the output made so far has to
+  // be multiplied by `rescale`.
   __device__ __forceinline__ bool next(float (&s)[kScores], float (&rescale)[2]) {
     float top[2];
     row_max(s, top);

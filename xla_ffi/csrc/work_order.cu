@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads) count_rows(WorkOrderArgs args) {
   int count = 0;
   for (int i = lane; i < args.num_words / 4; i += kWarp) {
     const uint4 four = __ldg(words + i);
-    count += kept(four.x, 128 * i) + kept(four.y, 128 * i + 32) + kept(four.z, 128 * i + 64) + kept(four.w, 128 * i + 96);
+    count +=
+        kept(four.x, 128 * i) + kept(four.y, 128 * i + 32) + kept(four.z, 128 * i + 64) + kept(four.w, 128 * i + 96);
   }
   count = __reduce_add_sync(0xFFFFFFFFu, count);
   if (lane == 0) reinterpret_cast<int2*>(args.work_order)[row] = int2{row % args.num_rows, count};
