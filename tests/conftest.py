@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gpu_ledger
+import host_kernel as host
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,11 +17,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fgattn_jax")
     group.addoption("--require-gpu", action="store_true", help="run on the GPU, and fail at once where there is none")
     group.addoption("--min-passed", type=int, default=0, metavar="N", help="fail unless at least N tests passed")
+    group.addoption(
+        "--allow-unreleased",
+        action="store_true",
+        help="let implementation='cuda' run before its release",
+    )
+    group.addoption(
+        "--write-ledger", action="store_true", help="record the run in tests/gpu_ledger.json if all of it passed"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    option = config.getoption
     # Before anything imports jax: the CPU lane must not find a GPU by chance.
-    if config.getoption("--require-gpu"):
+    if option("--require-gpu"):
         os.environ["JAX_PLATFORMS"] = "cuda,cpu"
         import jax
 
@@ -29,18 +40,35 @@ def pytest_configure(config: pytest.Config) -> None:
             pytest.exit(f"--require-gpu: JAX finds no GPU here: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
     else:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if option("--write-ledger") and not (option("--require-gpu") and option("--min-passed") > 0):
+        raise pytest.UsageError("--write-ledger needs --require-gpu and --min-passed")
+    config.pluginmanager.register(gpu_ledger.Tally(), "gpu_tally")
+    if option("--allow-unreleased"):
+        from fgattn_jax.xla_ffi import support
+
+        support.RELEASED = True
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    wanted = session.config.getoption("--min-passed")
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
     # Workers of pytest-xdist have no reporter: the controller counts for all.
-    if not wanted or reporter is None or hasattr(session.config, "workerinput"):
+    if reporter is None or hasattr(config, "workerinput"):
         return
-    passed = len(reporter.stats.get("passed", ()))
-    if passed < wanted:
-        reporter.write_line(f"--min-passed: only {passed} tests passed, {wanted} expected", red=True)
+    tally = config.pluginmanager.get_plugin("gpu_tally")
+    wanted = config.getoption("--min-passed")
+    if wanted and tally.num_passed < wanted:
+        reporter.write_line(f"--min-passed: only {tally.num_passed} tests passed, {wanted} expected", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if config.getoption("--write-ledger"):
+        try:
+            entry = gpu_ledger.record(tally, clean=session.exitstatus == pytest.ExitCode.OK)
+        except gpu_ledger.NotRecordedError as error:
+            reporter.write_line(f"--write-ledger: nothing was written: {error}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        else:
+            reporter.write_line(f"--write-ledger: {entry['passed']} GPU tests recorded for {entry['source_hash'][:12]}")
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +80,18 @@ def run_python() -> Callable[..., str]:
     fails.
     """
 
-    def run(code: str, *, devices: int = 1, platform: str = "cpu", cwd: Path = ROOT, timeout: float = 120.0) -> str:
+    def run(
+        code: str,
+        *,
+        devices: int = 1,
+        platform: str = "cpu",
+        cwd: Path = ROOT,
+        timeout: float = 120.0,
+        flags: str = "",
+    ) -> str:
         env = os.environ | {
             "JAX_PLATFORMS": platform,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}".rstrip(),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         }
         done = subprocess.run(
@@ -66,3 +102,16 @@ def run_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The FFI handlers over a kernel for host memory (tests/programs/host_kernel.cc), compiled with g++."""
+    return host.build(tmp_path_factory.mktemp("host_kernel"))
+
+
+@pytest.fixture
+def host_kernel(host_library: Path) -> Iterator[None]:
+    """`implementation="cuda"` runs on the CPU, through the real adapter and handlers, over plain loops."""
+    with host.installed(host_library):
+        yield

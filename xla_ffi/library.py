@@ -1,7 +1,7 @@
 """The compiled library: where it lies, whether it fits the installed jaxlib, and its registration at first use.
 
 Order matters. XLA compares a handler's FFI API with its own when a target is registered, and a handler that is newer
-than XLA takes down every backend of the process. So the numbers are compared here first, and nothing is registered unless
+than XLA takes down every backend of the process. So the numbers are compared here first; nothing is registered unless
 they fit.
 """
 
@@ -12,6 +12,7 @@ import re
 import threading
 from pathlib import Path
 
+_PACKAGE = "fgattn_jax.xla_ffi"
 LIBRARY_NAME = "libfgattn_cuda.so"
 BUILD_NOTE_NAME = "cuda_build.txt"
 ABI_VERSION = 1
@@ -30,7 +31,7 @@ def find_library() -> Path | None:
 
     It is looked for beside the installed package: in an editable installation that is not where the sources are.
     """
-    found = Path(str(importlib.resources.files(__package__) / LIBRARY_NAME))
+    found = Path(str(importlib.resources.files(_PACKAGE) / LIBRARY_NAME))
     return found if found.is_file() else None
 
 
@@ -113,7 +114,7 @@ def _load(path: str) -> ctypes.CDLL:
 
 def _build_note() -> str | None:
     """First line of what the build wrote about itself: "built" or "not built: REASON"."""
-    note = importlib.resources.files(__package__) / BUILD_NOTE_NAME
+    note = importlib.resources.files(_PACKAGE) / BUILD_NOTE_NAME
     try:
         lines = note.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,0 +1,169 @@
+"""The GPU ledger: which kernel sources passed their tests on a GPU. Written by `--write-ledger`, never by hand."""
+
+import datetime
+import hashlib
+import json
+import platform
+import re
+import subprocess
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "xla_ffi" / "csrc"
+LEDGER = ROOT / "tests" / "gpu_ledger.json"
+MINIMUM_PASSED = 1500
+"""GPU tests that a run must hold to count; below what `-m gpu` collects on a machine with one GPU."""
+
+_SUFFIXES = {".cc", ".cu", ".cuh", ".h"}
+_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
+
+
+class NotRecordedError(Exception):
+    """The run does not belong into the ledger; the message says why."""
+
+
+class Tally:
+    """Counts what pytest reports; with pytest-xdist, the controller's counts all workers."""
+
+    def __init__(self) -> None:
+        self.num_passed = 0
+        self.gpu_passed: Counter[str] = Counter()  # per test file
+        self.not_passed: list[str] = []  # failures and errors of any test, skips of GPU tests
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        on_gpu = "gpu" in report.keywords
+        if report.failed or (report.skipped and on_gpu):
+            self.not_passed.append(report.nodeid)
+        elif report.passed and report.when == "call":
+            self.num_passed += 1
+            if on_gpu:
+                self.gpu_passed[report.nodeid.partition("::")[0]] += 1
+
+
+def source_hash(folder: Path = SOURCES) -> str:
+    """SHA-256 of the lines `sha256sum` prints for the C++ and CUDA sources of a folder, sorted by name.
+
+    As in `cd xla_ffi/csrc && sha256sum *.cc *.cu *.cuh *.h | LC_ALL=C sort -k 2 | sha256sum`; the build passes the
+    same to handlers.cc.
+    """
+    files = sorted((f for f in folder.iterdir() if f.suffix in _SUFFIXES), key=lambda f: f.name)
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read(path: Path = LEDGER) -> list[dict[str, Any]]:
+    """The entries; none where there is no file yet."""
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def entry_errors(entry: dict[str, Any]) -> list[str]:
+    """What is wrong with the form of an entry; empty if nothing is."""
+    errors = []
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "source_hash": str, "date": str, "device": str, "compute_capability": str, "num_devices": int, "driver": str,
+        "versions": dict, "passed": int, "failed": int, "tests": dict,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(entry.get(name), kind) or isinstance(entry.get(name), bool):
+            errors.append(f"expected `{name}` of type {kind}, got {entry.get(name)!r}")
+    if errors:
+        return errors
+    if not re.fullmatch(r"[0-9a-f]{64}", entry["source_hash"]):
+        errors.append(f"expected a SHA-256 as `source_hash`, got {entry['source_hash']!r}")
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", entry["date"]):
+        errors.append(f"expected a UTC time as `date`, got {entry['date']!r}")
+    if entry["passed"] != sum(entry["tests"].values()):
+        errors.append(f"expected `tests` to add up to passed={entry['passed']}, got {sum(entry['tests'].values())}")
+    for name in ("device", "compute_capability", "driver"):
+        if not entry[name]:
+            errors.append(f"expected `{name}` to say something, got nothing")
+    return errors
+
+
+def release_errors(runs: list[dict[str, Any]], wanted_hash: str) -> list[str]:
+    """Why the kernel of these sources may not be released; empty if a run in the ledger covers them."""
+    of_these = [run for run in runs if run.get("source_hash") == wanted_hash]
+    if not of_these:
+        return [f"the ledger has no GPU run of the present sources (source_hash={wanted_hash})"]
+    every = []
+    for run in of_these:
+        errors = entry_errors(run)
+        if not errors and run["failed"]:
+            errors.append(f"failed={run['failed']}")
+        if not errors and run["passed"] < MINIMUM_PASSED:
+            errors.append(f"passed={run['passed']}, and a run must pass at least {MINIMUM_PASSED} GPU tests")
+        if not errors and run["compute_capability"] != "9.0":
+            errors.append(f"expected a run on compute_capability='9.0', got {run['compute_capability']!r}")
+        if not errors:
+            return []
+        every.extend(errors)
+    return every
+
+
+def record(tally: Tally, *, clean: bool, path: Path = LEDGER) -> dict[str, Any]:
+    """Add the run to the ledger, in place of an older one of the same sources and kind of device.
+
+    Raises:
+        NotRecordedError: Something did not pass, too few tests ran, or the library is of other sources.
+    """
+    if not clean or tally.not_passed:
+        raise NotRecordedError(f"not everything passed: {tally.not_passed[:5] or 'see above'}")
+    passed = sum(tally.gpu_passed.values())
+    if passed < MINIMUM_PASSED:
+        raise NotRecordedError(f"expected at least {MINIMUM_PASSED} passed GPU tests, got {passed}")
+    present, built = source_hash(), _hash_of_library()
+    if built != present:
+        raise NotRecordedError(
+            f"the library under test was built from other sources: expected source_hash={present}, got {built!r}; "
+            "build and install it anew"
+        )
+    entry = {
+        "source_hash": present,
+        **_machine(),
+        "passed": passed,
+        "failed": 0,
+        "tests": dict(sorted(tally.gpu_passed.items())),
+    }
+    others = [run for run in read(path) if (run["source_hash"], run["device"]) != (present, entry["device"])]
+    path.write_text(json.dumps({"runs": [*others, entry]}, indent=2) + "\n")
+    return entry
+
+
+def _hash_of_library() -> str:
+    import ctypes
+
+    from fgattn_jax.xla_ffi import library
+
+    found = library.find_library()
+    if found is None:
+        return ""
+    function = ctypes.CDLL(str(found)).fgattn_source_hash
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def _machine() -> dict[str, Any]:
+    import jax
+
+    device = jax.devices("cuda")[0]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "device": device.device_kind,
+        "compute_capability": str(device.compute_capability),
+        "num_devices": jax.device_count("cuda"),
+        "driver": driver,
+        "versions": versions,
+    }
