@@ -6,7 +6,7 @@ WORKERS ?= 2
 export PYTHON PINS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format study bench clean
+.PHONY: help demo test test-slow test-cuda-build lint format study bench clean
 
 help:
 	@echo "fgattn_jax: fine-grained sparse attention for JAX"
@@ -14,6 +14,7 @@ help:
 	@echo "  make demo     denoise a clip twice, dense and with cached slice masks; pictures and a table of figures"
 	@echo "  make test     the whole suite, but for tests that take long;    ARGS='-k masks -x'"
 	@echo "  make test-slow  the tests that take long"
+	@echo "  make test-cuda-build  compile the CUDA library as pip does, and check what came out; no GPU needed"
 	@echo "  make lint     formatting, lint, types, import rules;            make format repairs what can be repaired"
 	@echo "  make study    make docs/study.md anew from data rows;           ARGS='--help'"
 	@echo "  make bench    measure attention on this machine;                ARGS='--help'"
@@ -31,6 +32,10 @@ test:
 
 test-slow:
 	@venv=$$(sh scripts/venv.sh test,demo) && "$$venv/bin/python" -m pytest -n $(WORKERS) -m slow $(ARGS)
+
+# The count keeps a run that collected nothing from passing.
+test-cuda-build:
+	@sh scripts/test_cuda_build.sh --min-passed 16 $(ARGS)
 
 # All four run, whatever the first ones find.
 lint:
@@ -51,5 +56,5 @@ bench:
 	@venv=$$(sh scripts/venv.sh demo) && "$$venv/bin/fgattn" bench $(ARGS)
 
 clean:
-	rm -rf .venv-3.* build dist demo_output .pytest_cache .ruff_cache
+	rm -rf .venv-3.* .venv-cuda build dist demo_output .pytest_cache .ruff_cache
 	find fgattn_jax pallas_kernels xla_ffi models tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,9 +5,11 @@
 #
 # PYTHON  interpreter to use; default: what scripts/find_python.sh finds
 # PINS    further pip requirements, e.g. "jax==0.10.2 jaxlib==0.10.2"
+# FGATTN_BUILD_CUDA  1 compiles the CUDA library, 0 does not; default: 0 but where a Hopper GPU is. Elsewhere nothing
+#         could run it, and nvcc with what it needs is a download of 240 MB.
 #
-# The environment is .venv-MAJOR.MINOR inside the checkout. A stamp with the checksum of pyproject.toml makes the second
-# call return at once. The install is editable: a change of the sources needs no new install.
+# The environment is .venv-MAJOR.MINOR inside the checkout. A stamp with checksums makes the second call return at once.
+# The install is editable: a change of Python sources needs no new install, one of CUDA sources makes one.
 set -eu
 
 extras=$1
@@ -27,10 +29,19 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || {
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
     extras="$extras,cuda13"
 fi
+# The library holds code for compute capability 9.0 only. Where that is, the build decides (it needs a g++).
+if [ -z "${FGATTN_BUILD_CUDA:-}" ] &&
+    ! nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -q '^9\.0'; then
+    FGATTN_BUILD_CUDA=0
+fi
+export FGATTN_BUILD_CUDA=${FGATTN_BUILD_CUDA:-}
 
 venv=.venv-$version
 stamp="$venv/.installed-$(echo "$extras" | tr ',' '-')"
-wanted="$(cksum <pyproject.toml) $(pwd) ${PINS:-}"
+wanted="$(cksum <pyproject.toml) $(pwd) ${PINS:-} FGATTN_BUILD_CUDA=$FGATTN_BUILD_CUDA"
+if [ "$FGATTN_BUILD_CUDA" != 0 ]; then
+    wanted="$wanted $(cat CMakeLists.txt xla_ffi/csrc/* | cksum)"
+fi
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     echo "$venv"
     exit 0

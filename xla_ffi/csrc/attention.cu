@@ -1,4 +1,6 @@
 // Starts the attention kernel: picks the instantiation, sets it up on the current device, and fills its parameters.
+#include <algorithm>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -15,8 +17,8 @@ cudaError_t launch(const KernelParams& params, int num_sms, cudaStream_t stream)
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemory<C>));
   if (error != cudaSuccess) return error;
-  const int blocks = num_sms * C::kBlocksPerSm, items = params.schedule.size();
-  kernel < <<items<blocks ? items : blocks, C::kThreads, sizeof(SharedMemory<C>), stream>>>(params);
+  const int blocks = std::min(num_sms * C::kBlocksPerSm, params.schedule.size());
+  kernel<<<blocks, C::kThreads, sizeof(SharedMemory<C>), stream>>>(params);
   return cudaGetLastError();
 }
 
