@@ -262,7 +262,8 @@ __device__ __forceinline__ void load_queries(SharedMemory<C>& shared, const Barr
       const uint32_t target = query + i * kPanelLineBytes + ((chunk ^ (i % 8)) * 16);
 #pragma unroll
       for (int panel = 0; panel < C::kHeadDim / kPanelColumns; ++panel) {
-        ptx::copy_async_16(target + panel * C::kQueries * kPanelLineBytes, source + panel * kPanelLineBytes);
+        ptx::copy_async_16<2 * C::kHeadDim>(target + panel * C::kQueries * kPanelLineBytes,
+                                            source + panel * kPanelLineBytes);
       }
     }
     ptx::copy_async_arrive(barriers.query_full);
@@ -322,7 +323,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
   const int lane = thread % kWarp;
   const Descriptor queries(ptx::uniform(ptx::shared_address(shared.query) + consumer * 64 * kPanelLineBytes), 16);
   const uint32_t tiles = ptx::shared_address(shared.tiles);
-  const float scale_log2 = args.scale * 1.4426950408889634f;
+  const float scale_log2 = fmaxf(args.scale * 1.4426950408889634f, 1e-30f);  // 0 times a skipped -inf would be NaN
   Stage<C::kItems> item_stage;
   Stage<C::kStages> stage;
   uint32_t query_phase = 0;

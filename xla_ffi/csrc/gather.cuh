@@ -49,8 +49,8 @@ class Gather {
         const char* line = mine + static_cast<uint64_t>(key[i]) * token_bytes_;
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
-          ptx::copy_async_16(to + (panel * kTileKeys + (batch + i) * kLinesPerPass) * kPanelLineBytes,
-                             line + panel * kPanelLineBytes);
+          ptx::copy_async_16<2 * kHeadDim>(to + (panel * kTileKeys + (batch + i) * kLinesPerPass) * kPanelLineBytes,
+                                           line + panel * kPanelLineBytes);
         }
       }
     }

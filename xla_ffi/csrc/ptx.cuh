@@ -38,9 +38,15 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// 16 bytes from global to shared memory in the background, past L1, asking L2 to fetch 256 bytes around them.
+// 16 bytes from global to shared memory in the background, past L1, asking L2 to fetch the kLineBytes around them.
+template <int kLineBytes>
 __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  static_assert(kLineBytes == 128 || kLineBytes == 256);
+  if constexpr (kLineBytes == 256) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  }
 }
 
 // Arrives when all earlier copies of this thread have landed. `noinc`: counts as one of the barrier's own arrivals.
