@@ -114,7 +114,7 @@ class Worker:
         path = [*self._folders, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._answers = queue.Queue()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu.worker", self.module],
+            [sys.executable, "-m", "benchmarks.gpu.worker", self.module, *self._folders],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

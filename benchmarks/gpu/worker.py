@@ -6,6 +6,7 @@ when the process started; whatever libraries print goes to standard error.
 
 import importlib
 import os
+import site
 import sys
 import time
 import traceback
@@ -109,10 +110,12 @@ def serve(make_peer: MakePeer, requests: IO[str], answers: IO[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Serve the peer whose module is named."""
-    if len(argv) != 1:
-        print("usage: python -m benchmarks.gpu.worker MODULE", file=sys.stderr)
+    """Serve the peer whose module is named; the folders hold its packages."""
+    if not argv:
+        print("usage: python -m benchmarks.gpu.worker MODULE [FOLDER ...]", file=sys.stderr)
         return 2
+    for folder in argv[1:]:
+        site.addsitedir(folder)  # packages there may name further folders in .pth files, as CuTe DSL does
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(lambda options: importlib.import_module(argv[0]).make_peer(options), sys.stdin, answers)

@@ -17,8 +17,11 @@ def _import_tokamax() -> Any:
     try:
         import xprof  # noqa: F401
     except ModuleNotFoundError:
-        for name in ("xprof", "xprof.convert", "xprof.convert.raw_to_tool_data"):
-            sys.modules[name] = types.ModuleType(name)
+        for name in ("xprof", "xprof.cli", "xprof.cli.tools", "xprof.cli.tools.get_kernel_stats_tool"):
+            stand_in = types.ModuleType(name)
+            stand_in.__path__ = []
+            sys.modules[name] = stand_in
+        sys.modules["xprof.cli.tools"].get_kernel_stats_tool = stand_in  # type: ignore[attr-defined]
     import tokamax
 
     return tokamax

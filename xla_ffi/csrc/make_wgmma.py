@@ -13,6 +13,7 @@ HEAD = """\
 // Thread t of a warpgroup holds, of column block c (8 columns), d[4c], d[4c+1]: row 16 (t/32) + (t%32)/4, columns
 // 8c + 2 (t%4) and the next; d[4c+2], d[4c+3]: the same 8 rows below. The A operand in registers has the same layout
 // over 16 columns, packed in pairs.
+// clang-format off
 #pragma once
 #include <cstdint>
 
