@@ -43,10 +43,22 @@ def pytest_configure(config: pytest.Config) -> None:
     if option("--write-ledger") and not (option("--require-gpu") and option("--min-passed") > 0):
         raise pytest.UsageError("--write-ledger needs --require-gpu and --min-passed")
     config.pluginmanager.register(gpu_ledger.Tally(), "gpu_tally")
+    config.addinivalue_line("markers", "two_gpus: left out, not skipped, where JAX finds fewer than two GPUs")
     if option("--allow-unreleased"):
         from fgattn_jax.xla_ffi import support
 
         support.RELEASED = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("two_gpus") for item in items) or not config.getoption("--require-gpu"):
+        return
+    import jax
+
+    if jax.device_count("cuda") < 2:
+        left_out = [item for item in items if item.get_closest_marker("two_gpus")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(trylast=True)
@@ -107,7 +119,7 @@ def run_python() -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The FFI handlers over a kernel for host memory (tests/programs/host_kernel.cc), compiled with g++."""
-    return host.build(tmp_path_factory.mktemp("host_kernel"))
+    return host.build(tmp_path_factory.mktemp("host_kernel"), source_hash=gpu_ledger.source_hash())
 
 
 @pytest.fixture

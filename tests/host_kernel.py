@@ -23,7 +23,7 @@ TARGETS = {
 _STREAM = "#pragma once\ntypedef struct CUstream_st* cudaStream_t;\n"
 
 
-def build(folder: Path, *defines: str) -> Path:
+def build(folder: Path, *, source_hash: str = "") -> Path:
     """Compiles the library with the FFI headers of the installed jaxlib.
 
     Raises:
@@ -37,7 +37,7 @@ def build(folder: Path, *defines: str) -> Path:
     (folder / "cuda_runtime_api.h").write_text(_STREAM)
     library = folder / "libfgattn_host.so"
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    command += [f"-D{define}" for define in defines]
+    command += [f'-DFGATTN_SOURCE_HASH="{source_hash}"']
     command += ["-isystem", jax.ffi.include_dir(), "-isystem", str(folder), "-I", str(SOURCES)]
     done = subprocess.run([*command, str(SOURCE), "-o", str(library)], capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -1,0 +1,72 @@
+"""Small calls of every form of the CUDA kernel, for compute-sanitizer; prints one line per call, fails on wrong results.
+
+    compute-sanitizer --tool memcheck  python tests/programs/sanitizer_cases.py
+    compute-sanitizer --tool racecheck python tests/programs/sanitizer_cases.py
+    compute-sanitizer --tool initcheck python tests/programs/sanitizer_cases.py
+    compute-sanitizer --tool synccheck python tests/programs/sanitizer_cases.py
+
+Set XLA_PYTHON_CLIENT_ALLOCATOR=platform, so that every array is an allocation of its own and memcheck sees its borders.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+from attention_bounds import CEILING
+from cuda_cases import edge_counts, rows_with_counts
+
+from fgattn_jax.evaluation.cases import AttentionCase, make_inputs
+from fgattn_jax.evaluation.oracle import attention_oracle
+from fgattn_jax.masks import from_rows
+from fgattn_jax.masks._bits import full_words
+from fgattn_jax.xla_ffi import attention
+
+KEYS = 333  # counts of none, one, all, around tiles; no multiple of 32
+
+
+def check(case: AttentionCase, *, stray_bits: bool, with_work: bool) -> None:
+    inputs = make_inputs(case)
+    num_rows = -(-case.num_queries // case.query_block)
+    rng = np.random.default_rng(0)
+    counts = rng.choice(edge_counts(case.num_keys), num_rows * case.num_heads).tolist()
+    rows = rows_with_counts(counts, case.num_keys, rng).reshape(1, case.num_heads, num_rows, case.num_keys)
+    mask = from_rows(jnp.asarray(rows), query_block=case.query_block, num_queries=case.num_queries)
+    bits = mask.bits | ~jnp.asarray(full_words(case.num_keys)) if stray_bits else mask.bits
+    output, lse = attention.forward(
+        inputs.query, inputs.key, inputs.value, bits, inputs.mask.query_order,
+        mask.with_work_order().work_order if with_work else None, scale=case.scale, query_block=case.query_block,
+    )  # fmt: skip
+    expected, expected_lse = attention_oracle(
+        inputs.query, inputs.key, inputs.value, rows, query_block=case.query_block, scale=case.scale,
+        order=inputs.order,
+    )  # fmt: skip
+    error = np.abs(np.asarray(output, np.float64) - expected).max()
+    finite = np.isfinite(expected_lse)
+    lse_error = np.abs(np.asarray(lse)[finite] - expected_lse[finite]).max(initial=0)
+    print(f"{case.name}: output error {error:.1e}, LSE error {lse_error:.1e}", flush=True)
+    if error > CEILING[case.dtype] or lse_error > 1e-3 or not np.isneginf(np.asarray(lse)[~finite]).all():
+        raise SystemExit(f"wrong results: {case}")
+
+
+def main() -> None:
+    forms = itertools.product(("bfloat16", "float16"), (64, 128), (64, 128), (False, True))
+    for dtype, head_dim, query_block, ordered in forms:
+        case = AttentionCase(
+            f"{dtype}, H={head_dim}, M={query_block}, {'ordered' if ordered else 'raster'}", "", num_keys=KEYS,
+            num_queries=2 * query_block + 37, num_heads=4, num_kv_heads=2, head_dim=head_dim, query_block=query_block,
+            dtype=dtype, ordered=ordered,
+        )  # fmt: skip
+        check(case, stray_bits=ordered, with_work=ordered)
+    for num_queries, num_keys in ((1, 1), (1, 129), (65, 31)):
+        case = AttentionCase(
+            f"T={num_queries}, S={num_keys}", "", num_queries=num_queries, num_keys=num_keys, head_dim=128,
+            query_block=128, dtype="bfloat16",
+        )  # fmt: skip
+        check(case, stray_bits=True, with_work=False)
+
+
+main()

@@ -1,0 +1,173 @@
+"""No kernel lands untested: what `RELEASED` needs from the ledger, and that the ledger cannot be had for less."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import gpu_ledger
+import pytest
+from gpu_ledger import MINIMUM_PASSED, NotRecordedError, Tally
+
+from fgattn_jax.xla_ffi import library, support
+
+GOOD = {
+    "source_hash": "ab" * 32,
+    "date": "2026-01-02T03:04:05Z",
+    "device": "some GPU",
+    "compute_capability": "9.0",
+    "num_devices": 1,
+    "driver": "1.2.3",
+    "versions": {"jax": "1"},
+    "passed": MINIMUM_PASSED,
+    "failed": 0,
+    "tests": {"tests/test_a.py": MINIMUM_PASSED - 1, "tests/test_b.py": 1},
+}
+
+
+def released_in_the_sources() -> bool:
+    """What the file says; `--allow-unreleased` changes the module."""
+    text = (gpu_ledger.ROOT / "xla_ffi" / "support.py").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("RELEASED")]
+    assert line in ("RELEASED = True", "RELEASED = False")
+    return line.endswith("True")
+
+
+def test_a_released_kernel_has_passed_its_gpu_tests_with_exactly_these_sources():
+    if released_in_the_sources():
+        assert gpu_ledger.release_errors(gpu_ledger.read(), gpu_ledger.source_hash()) == []
+
+
+def test_the_module_says_what_its_source_says(request):
+    assert (released_in_the_sources() or request.config.getoption("--allow-unreleased")) == support.RELEASED
+
+
+def test_all_entries_are_well_formed():
+    assert [error for entry in gpu_ledger.read() for error in gpu_ledger.entry_errors(entry)] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"source_hash": "cd" * 32}, "no GPU run of the present sources"),
+        ({"passed": MINIMUM_PASSED - 1, "tests": {"a": MINIMUM_PASSED - 1}}, f"passed={MINIMUM_PASSED - 1}"),
+        ({"failed": 1}, "failed=1"),
+        ({"compute_capability": "8.0"}, "expected a run on compute_capability='9.0'"),
+        ({"passed": MINIMUM_PASSED + 1}, "expected `tests` to add up"),
+        ({"driver": ""}, "expected `driver` to say something"),
+        ({"driver": None}, "expected `driver` of type"),
+        ({"date": "yesterday"}, "expected a UTC time as `date`"),
+    ],
+)
+def test_a_release_needs_a_whole_run_of_these_sources_on_hopper(change, error):
+    assert gpu_ledger.release_errors([GOOD], GOOD["source_hash"]) == []
+    errors = gpu_ledger.release_errors([GOOD | change], GOOD["source_hash"])
+    assert errors
+    assert error in errors[0]
+
+
+def test_one_whole_run_is_enough_and_an_empty_ledger_is_not():
+    assert gpu_ledger.release_errors([GOOD | {"failed": 1}, GOOD], GOOD["source_hash"]) == []
+    assert gpu_ledger.release_errors([], GOOD["source_hash"])
+
+
+def test_the_hash_covers_every_source_and_its_name(tmp_path):
+    folder = tmp_path / "csrc"
+    shutil.copytree(gpu_ledger.SOURCES, folder)
+    first = gpu_ledger.source_hash(folder)
+    assert first == gpu_ledger.source_hash()
+    (folder / "notes.txt").write_text("not a source")
+    assert gpu_ledger.source_hash(folder) == first
+    seen = {first}
+    for source in sorted(folder.glob("*.c*")) + sorted(folder.glob("*.h")):
+        source.write_bytes(source.read_bytes() + b"\n")
+        seen.add(gpu_ledger.source_hash(folder))
+    (folder / "launch.h").rename(folder / "start.h")
+    seen.add(gpu_ledger.source_hash(folder))
+    sources = [f for f in folder.iterdir() if f.suffix in (".cc", ".cu", ".cuh", ".h")]
+    assert len(seen) == len(sources) + 2
+
+
+def report(nodeid="tests/test_a.py::test", *, outcome="passed", when="call", gpu=True):
+    keywords = {"gpu": 1} if gpu else {}
+    flags = {name: outcome == name for name in ("passed", "failed", "skipped")}
+    return SimpleNamespace(nodeid=nodeid, when=when, keywords=keywords, **flags)
+
+
+def whole_run() -> Tally:
+    tally = Tally()
+    for number in range(MINIMUM_PASSED):
+        tally.pytest_runtest_logreport(report(when="setup"))
+        tally.pytest_runtest_logreport(report(f"tests/test_{number % 2}.py::test"))
+    return tally
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    facts = {k: GOOD[k] for k in ("date", "device", "compute_capability", "num_devices", "driver", "versions")}
+    monkeypatch.setattr(gpu_ledger, "_machine", lambda: facts)
+    monkeypatch.setattr(gpu_ledger, "_hash_of_library", gpu_ledger.source_hash)
+
+
+def test_a_whole_run_is_recorded_and_releases(machine, tmp_path):
+    path = tmp_path / "ledger.json"
+    path.write_text(json.dumps({"runs": [GOOD]}))
+    entry = gpu_ledger.record(whole_run(), clean=True, path=path)
+    again = gpu_ledger.record(whole_run(), clean=True, path=path)
+    assert gpu_ledger.read(path) == [GOOD, entry]
+    assert again == entry
+    assert entry["tests"] == {"tests/test_0.py": MINIMUM_PASSED // 2, "tests/test_1.py": MINIMUM_PASSED // 2}
+    assert gpu_ledger.release_errors(gpu_ledger.read(path), gpu_ledger.source_hash()) == []
+
+
+@pytest.mark.parametrize(
+    ("extra", "recorded"),
+    [
+        (report(outcome="failed"), False),
+        (report(outcome="failed", gpu=False), False),
+        (report(outcome="failed", when="teardown"), False),
+        (report(outcome="skipped", when="setup"), False),
+        (report(outcome="skipped", when="setup", gpu=False), True),
+    ],
+    ids=["a failure", "a failure on the CPU", "an error", "a skipped GPU test", "a skipped CPU test"],
+)
+def test_a_run_with_anything_that_did_not_pass_is_not_recorded(machine, tmp_path, extra, recorded):
+    tally, path = whole_run(), tmp_path / "ledger.json"
+    tally.pytest_runtest_logreport(extra)
+    if recorded:
+        gpu_ledger.record(tally, clean=True, path=path)
+    else:
+        with pytest.raises(NotRecordedError, match="not everything passed"):
+            gpu_ledger.record(tally, clean=True, path=path)
+    assert path.exists() == recorded
+
+
+def test_a_run_that_is_short_or_of_another_library_is_not_recorded(machine, monkeypatch, tmp_path):
+    path = tmp_path / "ledger.json"
+    with pytest.raises(NotRecordedError, match="not everything passed"):
+        gpu_ledger.record(whole_run(), clean=False, path=path)
+    short = Tally()
+    short.pytest_runtest_logreport(report())
+    for _ in range(MINIMUM_PASSED):
+        short.pytest_runtest_logreport(report(gpu=False))
+    assert short.num_passed == MINIMUM_PASSED + 1
+    with pytest.raises(NotRecordedError, match=f"at least {MINIMUM_PASSED} passed GPU tests, got 1"):
+        gpu_ledger.record(short, clean=True, path=path)
+    monkeypatch.setattr(gpu_ledger, "_hash_of_library", lambda: "")
+    with pytest.raises(NotRecordedError, match="built from other sources: expected source_hash="):
+        gpu_ledger.record(whole_run(), clean=True, path=path)
+    assert not path.exists()
+
+
+def test_the_library_says_from_which_sources_it_was_built(host_library, monkeypatch):
+    monkeypatch.setattr(library, "find_library", lambda: host_library)
+    assert gpu_ledger._hash_of_library() == gpu_ledger.source_hash()
+    monkeypatch.setattr(library, "find_library", lambda: None)
+    assert gpu_ledger._hash_of_library() == ""
+
+
+@pytest.mark.parametrize("options", [["--write-ledger"], ["--write-ledger", "--min-passed=1"]])
+def test_a_ledger_needs_a_gpu_run_with_a_minimum(run_python, options):
+    code = f"import sys; sys.stderr = sys.stdout; import pytest; print(pytest.main({['--collect-only', *options]!r}))"
+    said = run_python(code)
+    assert "--write-ledger needs --require-gpu and --min-passed" in said
+    assert said.split()[-1] == str(pytest.ExitCode.USAGE_ERROR.value) or "USAGE_ERROR" in said
