@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import contest, inputs, masks, protocol, run, summary
 from benchmarks.gpu.cases import BREAK_EVEN_BAR, CASES, EVEN, FLASHINFER, OURS, Bar, GpuCase, cases_of
 from benchmarks.gpu.client import PeerAbsentError, Worker, WorkerError, WorkerLostError
+from benchmarks.peers import bundle, jax_side
 from benchmarks.peers.base import time_calls
 from fgattn_jax import masks as public_masks
 from fgattn_jax import query_order
@@ -504,3 +506,64 @@ class TestRun:
     def test_importing_the_benchmark_loads_no_gpu_library(self, run_python):
         code = "import sys, benchmarks.gpu.__main__; print([m for m in ('torch', 'flashinfer') if m in sys.modules])"
         assert run_python(code, platform="none").strip() == "[]"
+
+
+class TestBundle:
+    def test_archives_hold_what_is_needed_and_leave_out_the_rest(self, tmp_path):
+        kept = ["flashinfer/sparse.py", "flashinfer/data/csrc/batch_prefill_sm90.cu", ".cache/a/b.so"]
+        left = ["flashinfer/data/cutlass/x.h", "flashinfer/data/csrc/gemm.cu", "flashinfer/data/csrc/sub/batch_a.cu",
+                ".cache/a/b.o", "flashinfer/__pycache__/sparse.pyc"]  # fmt: skip
+        for name in [*kept, *left]:
+            path = tmp_path / "in" / "flashinfer" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+        bundle.pack(tmp_path / "in", tmp_path / "out", ["flashinfer", "fa3"])
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["flashinfer.tar.xz"]
+        assert bundle.unpack(tmp_path / "out", tmp_path / "there") == ["flashinfer"]
+        there = tmp_path / "there" / "flashinfer"
+        found = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
+        assert found == set(kept)
+        assert (there / kept[0]).read_text() == kept[0]
+
+    def test_an_archive_may_travel_in_parts(self, tmp_path):
+        (tmp_path / "in" / "fa4").mkdir(parents=True)
+        content = np.random.default_rng(0).bytes(100_000)
+        (tmp_path / "in" / "fa4" / "big").write_bytes(content)
+        bundle.pack(tmp_path / "in", tmp_path / "out", ["fa4"])
+        archive = tmp_path / "out" / "fa4.tar.xz"
+        data = archive.read_bytes()
+        archive.unlink()
+        for number in range(3):
+            (tmp_path / "out" / f"fa4.tar.xz.{number}").write_bytes(data[number * 40_000 : (number + 1) * 40_000])
+        bundle.unpack(tmp_path / "out", tmp_path / "there")
+        assert (tmp_path / "there" / "fa4" / "big").read_bytes() == content
+
+    def test_nothing_there_is_said(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="run `fetch` first"):
+            bundle.pack(tmp_path, tmp_path / "out", ["fa3"])
+        with pytest.raises(FileNotFoundError, match="peer"):
+            bundle.unpack(tmp_path, tmp_path / "there")
+
+    def test_every_version_is_pinned_once_per_peer(self):
+        for requirements in bundle.WHEELS.values():
+            names = [requirement.split("==")[0] for requirement in requirements]
+            assert all("==" in requirement for requirement in requirements)
+            assert len(set(names)) == len(names)
+
+
+def test_folders_of_packages_may_name_further_folders(odd_worker, tmp_path):
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "hidden_package.py").write_text("")
+    (tmp_path / "some.pth").write_text(str(tmp_path / "deeper"))
+    assert odd_worker(imports="import hidden_package").hello(60)["device"] == "none"
+
+
+def test_device_time_is_that_of_streams_alone():
+    def line(name, *durations):
+        return types.SimpleNamespace(name=name, events=[types.SimpleNamespace(duration_ns=d) for d in durations])
+
+    planes = [
+        types.SimpleNamespace(name="/device:GPU:0", lines=[line("Stream #13(Compute)", 5, 7), line("XLA Ops", 12)]),
+        types.SimpleNamespace(name="/host:CPU", lines=[line("Stream #1", 100)]),
+    ]
+    assert jax_side.stream_ns(types.SimpleNamespace(planes=planes)) == 12

@@ -14,7 +14,7 @@ _ROWS = Path(__file__).resolve().parent.parent / "results" / "gpu_attention.json
 
 _EPILOG = """\
 A peer that is not installed gets rows that say so. Peers' packages lie in folders of their own below --peers; make them
-with `python -m benchmarks.peers.bundle`. See docs/gpu_benchmarks.md.
+with `python -m benchmarks.peers.bundle`. See benchmarks/README.md.
 
 examples:
   python -m benchmarks.gpu --peers ~/peers                      every case, about five minutes
