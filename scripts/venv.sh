@@ -38,11 +38,15 @@ export FGATTN_BUILD_CUDA=${FGATTN_BUILD_CUDA:-}
 
 venv=.venv-$version
 stamp="$venv/.installed-$(echo "$extras" | tr ',' '-')"
-wanted="$(cksum <pyproject.toml) $(pwd) ${PINS:-} FGATTN_BUILD_CUDA=$FGATTN_BUILD_CUDA"
+wanted="$(cksum <pyproject.toml) $(pwd) ${PINS:-}"
+# One for all extras: whichever install was last has brought the library or taken it away.
+cuda_stamp="$venv/.installed-cuda"
+cuda_wanted="FGATTN_BUILD_CUDA=$FGATTN_BUILD_CUDA"
 if [ "$FGATTN_BUILD_CUDA" != 0 ]; then
-    wanted="$wanted $(cat CMakeLists.txt xla_ffi/csrc/* | cksum)"
+    cuda_wanted="$cuda_wanted $(cat CMakeLists.txt xla_ffi/csrc/* | cksum)"
 fi
-if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] &&
+    [ "$(cat "$cuda_stamp" 2>/dev/null)" = "$cuda_wanted" ]; then
     echo "$venv"
     exit 0
 fi
@@ -56,4 +60,5 @@ echo "Installing fgattn_jax[$extras] ${PINS:+with $PINS }into $venv (a minute or
 # shellcheck disable=SC2086
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]" ${PINS:-} >&2
 echo "$wanted" >"$stamp"
+echo "$cuda_wanted" >"$cuda_stamp"
 echo "$venv"

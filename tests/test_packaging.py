@@ -51,7 +51,7 @@ def build(hook: str, source: Path, folder: Path, **env: str) -> Path:
 def checkout(tmp_path_factory):
     """A copy of the sources, links as links, without environments: walking those takes the backend many seconds."""
     folder = tmp_path_factory.mktemp("checkout") / "source"
-    left_out = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.so", "out", "demo_output")
+    left_out = shutil.ignore_patterns(".git", ".venv*", "build", "__pycache__", "*.so", "out", "demo_output")
     return Path(shutil.copytree(ROOT, folder, symlinks=True, ignore=left_out))
 
 
@@ -96,7 +96,8 @@ def test_the_sdist_makes_the_same_wheel(wheel, checkout, tmp_path):
         assert not [member.name for member in archive if member.issym() or member.islnk()]
         archive.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
-    assert (source / "tests" / "conftest.py").is_file()
+    for name in ("tests/conftest.py", "CMakeLists.txt", "scripts/keep_log.sh", "fgattn_jax/xla_ffi/csrc/attention.cu"):
+        assert (source / name).is_file()
     again = build("build_wheel", source, tmp_path / "again")
     assert again.name == wheel.name
     assert wheel_files(again) == wheel_files(wheel)
