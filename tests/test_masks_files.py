@@ -153,3 +153,10 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
     save_file(arrays, tmp_path / "file", metadata=METADATA)
     with pytest.raises(ValueError, match=message):
         masks.load_mask(tmp_path / "file")
+
+
+def test_a_work_order_is_not_stored(tmp_path):
+    masks.save_mask(tmp_path / "mask", make().with_work_order())
+    again = masks.load_mask(tmp_path / "mask")
+    assert again.work_order is None
+    chex.assert_trees_all_equal(again, make())

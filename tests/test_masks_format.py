@@ -14,11 +14,11 @@ ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.s
 
 
 def test_code_and_sizes_are_found():
-    assert len(CODE) == 3
+    assert len(CODE) == 4
     assert len(ROWS) == 4
 
 
-@pytest.mark.parametrize("code", CODE, ids=["bits", "text tokens", "file"])
+@pytest.mark.parametrize("code", CODE, ids=["bits", "text tokens", "work order", "file"])
 def test_code_runs(code):
     exec(compile(code, "mask_format.md", "exec"), {})
 

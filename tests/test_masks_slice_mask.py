@@ -302,3 +302,100 @@ def test_check_refuses_traced_and_abstract_masks():
         jax.jit(SliceMask.check)(mask)
     with pytest.raises(ValueError, match="outside `jit`"):
         jax.eval_shape(lambda: mask).check()
+
+
+# The work order.
+
+
+def expected_work_order(rows):
+    counts = rows.sum(-1)
+    work = np.zeros((*counts.shape, 2), np.int32)
+    for place in np.ndindex(counts.shape[:-1]):
+        line = counts[place]
+        ordered = sorted(range(line.size), key=lambda row, line=line: (-line[row], row))
+        work[place] = [(row, line[row]) for row in ordered]
+    return work
+
+
+@CASES
+def test_work_order_is_most_keys_first_and_ties_by_lower_row(case):
+    mask, rows, _ = make(case)
+    rows[:, :, -1] = rows[:, :, 0]  # at least one tie
+    mask = masks.from_rows(
+        jnp.asarray(rows), query_block=case.block, num_queries=case.queries, query_order=mask.query_order
+    )
+    ordered = mask.with_work_order().check()
+    assert ordered.work_order.dtype == jnp.int32
+    chex.assert_trees_all_equal(ordered.work_order, expected_work_order(rows))
+    chex.assert_trees_all_equal((ordered.bits, ordered.query_order), (mask.bits, mask.query_order))
+    chex.assert_trees_all_equal(jax.jit(SliceMask.with_work_order)(mask), ordered)
+
+
+def test_work_order_of_equal_rows_is_their_order():
+    mask = masks.full(query_block=16, num_queries=16 * 37, num_keys=9).with_work_order()
+    chex.assert_trees_all_equal(mask.work_order[0, 0], np.stack([np.arange(37), np.full(37, 9)], -1).astype(np.int32))
+
+
+def test_work_order_counts_only_keys_that_exist():
+    bits = jnp.full((1, 1, 2, 4), 0xFFFFFFFF, jnp.uint32).at[0, 0, 0].set(jnp.array([7, 0, 0, 0], jnp.uint32))
+    mask = SliceMask(bits, query_block=16, num_keys=33, num_queries=20).with_work_order()
+    assert mask.work_order.tolist() == [[[[1, 33], [0, 3]]]]
+
+
+def test_work_order_of_stacked_and_mapped_masks():
+    every = [make(SMALL, seed)[0] for seed in range(3)]
+    expected = jnp.stack([mask.with_work_order().work_order for mask in every])
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *every)
+    chex.assert_trees_all_equal(stacked.with_work_order().check().work_order, expected)
+    chex.assert_trees_all_equal(jax.vmap(SliceMask.with_work_order)(stacked).work_order, expected)
+    with_orders = stacked.with_work_order()
+    _, scanned = jax.lax.scan(lambda carry, mask: (carry, mask.work_order), 0, with_orders)
+    chex.assert_trees_all_equal(scanned, expected)
+
+
+def test_work_order_is_a_third_leaf_only_where_it_is():
+    mask, _, _ = make(SMALL)
+    ordered = mask.with_work_order()
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(ordered)[0]]
+    assert paths == [".bits", ".query_order", ".work_order"]
+    assert jax.tree.structure(ordered) != jax.tree.structure(mask)
+    assert ordered.nbytes == mask.nbytes + 4 * 2 * 2 * 5 * 2
+    assert pickle.loads(pickle.dumps(ordered)).work_order.shape == (2, 2, 5, 2)
+
+
+def test_other_bits_rows_or_orders_have_no_work_order():
+    mask = make(SMALL)[0].with_work_order()
+    made = (
+        masks.union(mask, mask), masks.intersection(mask, mask), masks.difference(mask, mask),
+        masks.regroup(mask, query_block=32, query_order=None), mask.with_query_order(None),
+    )  # fmt: skip
+    assert [other.work_order for other in made] == [None] * 5
+
+
+def test_check_finds_a_work_order_of_other_bits():
+    mask, _, _ = make(SMALL)
+    work = mask.with_work_order().work_order
+    (row, count), (next_row, next_count) = work[1, 0, :2].tolist()
+    swapped = dataclasses.replace(mask, work_order=work.at[1, 0, 0].set(work[1, 0, 1]))
+    message = (
+        rf"`work_order`\[1, 0, 0\] .* to be row={row} with count={count}, got row={next_row} with count={next_count}"
+    )
+    with pytest.raises(ValueError, match=message):
+        swapped.check()
+    counted = dataclasses.replace(mask, work_order=work.at[0, 1, 2, 1].add(1))
+    with pytest.raises(ValueError, match=r"`work_order`\[0, 1, 2\] .*make it anew with `with_work_order`"):
+        counted.check()
+
+
+@pytest.mark.parametrize(
+    ("work_order", "message"),
+    [
+        (jnp.zeros((2, 2, 4, 2), jnp.int32), r"shape=\(2, 2, 5, 2\), .* got shape=\(2, 2, 4, 2\)"),
+        (jnp.zeros((1, 2, 5, 2), jnp.int32), r"shape=\(2, 2, 5, 2\), .* got shape=\(1, 2, 5, 2\)"),
+        (jnp.zeros((2, 2, 5), jnp.int32), r"got shape=\(2, 2, 5\)"),
+        (jnp.zeros((2, 2, 5, 2), jnp.uint32), "of dtype int32, got dtype=uint32"),
+    ],
+)
+def test_a_work_order_of_another_shape_is_refused(work_order, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(make(SMALL)[0], work_order=work_order)

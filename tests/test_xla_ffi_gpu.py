@@ -26,7 +26,7 @@ by_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 by_width = pytest.mark.parametrize("head_dim", [64, 128])
 by_block = pytest.mark.parametrize("query_block", [64, 128])
 
-run = jax.jit(functools.partial(attention_with_lse, implementation="cuda"))
+run = jax.jit(functools.partial(attention_with_lse, implementation="cuda"), static_argnames="scale")
 
 
 def plain(dtype="bfloat16", head_dim=128, query_block=128, **changes) -> AttentionCase:
@@ -78,7 +78,7 @@ def test_counts_around_every_tile_border(dtype, head_dim, query_block):
 @by_block
 @pytest.mark.parametrize("num_keys", [1, 31, 33, 95, 97, 127, 128, 129, 200])
 def test_bits_past_the_last_key_are_never_followed(num_keys, head_dim, query_block):
-    """Such masks are not valid; still nothing outside the arrays may be read, and the result is that of the valid bits."""
+    """Such masks are not valid; still nothing outside the arrays is read, and the result is that of the valid bits."""
     inputs = make_inputs(plain(head_dim=head_dim, query_block=query_block, num_keys=num_keys))
     bits = inputs.mask.bits
     stray = jnp.broadcast_to(~jnp.asarray(full_words(num_keys)), bits.shape)

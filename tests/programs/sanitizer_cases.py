@@ -1,4 +1,4 @@
-"""Small calls of every form of the CUDA kernel, for compute-sanitizer; prints one line per call, fails on wrong results.
+"""Small calls of every form of the CUDA kernel, for compute-sanitizer: one line per call, fails on wrong results.
 
     compute-sanitizer --tool memcheck  python tests/programs/sanitizer_cases.py
     compute-sanitizer --tool racecheck python tests/programs/sanitizer_cases.py
@@ -15,7 +15,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from attention_bounds import CEILING
 from cuda_cases import edge_counts, rows_with_counts
 
