@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
             pytest.exit(f"--require-gpu: JAX finds no GPU here: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
     else:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if option("--write-ledger") and not (option("--require-gpu") and option("--min-passed") > 0):
+    if option("--write-ledger") and not (option("--require-gpu") and option("--min-passed")):
         raise pytest.UsageError("--write-ledger needs --require-gpu and --min-passed")
     config.pluginmanager.register(gpu_ledger.Tally(), "gpu_tally")
     config.addinivalue_line("markers", "two_gpus: left out, not skipped, where JAX finds fewer than two GPUs")

@@ -160,7 +160,7 @@ def test_random_calls_match_the_oracle(number):
         jax.clear_caches()  # every case is a program of its own
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", [*range(2), *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 20))])
 def test_the_first_calls_match_the_oracle_with_xla(number):
     check(number, "xla")
 

@@ -3,7 +3,6 @@
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from fgattn_jax.attention import attention_with_lse
@@ -88,5 +87,3 @@ def test_other_implementations_take_such_masks_and_never_see_the_order(implement
     expected = attention_with_lse(*arrays, inputs.mask, implementation=implementation)
     got = attention_with_lse(*arrays, mask, implementation=implementation)
     chex.assert_trees_all_equal(got, expected)
-    gradient = jax.grad(lambda q: attention_with_lse(q, *arrays[1:], mask, implementation=implementation).output.sum())
-    assert np.isfinite(np.asarray(gradient(inputs.query))).all()
