@@ -132,7 +132,13 @@ def _distance(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.where(same, 0.0, np.abs(got.astype(np.float64) - np.where(same, 0.0, expected))).max(initial=0.0))
 
 
-def run_case(case: GpuCase, files: CaseFiles, workers: Mapping[str, Worker], settings: Settings) -> list[Entry]:
+def run_case(
+    case: GpuCase,
+    files: CaseFiles,
+    workers: Mapping[str, Worker],
+    settings: Settings,
+    oracle: inputs.Oracle | None = None,
+) -> list[Entry]:
     """Prepare, check and time the contestants of a case.
 
     Args:
@@ -140,6 +146,7 @@ def run_case(case: GpuCase, files: CaseFiles, workers: Mapping[str, Worker], set
         files: Its arrays.
         workers: The worker of every contestant; several may share one.
         settings: Rounds and limits.
+        oracle: What they are compared with; None makes it.
 
     Returns:
         One entry per contestant, whatever became of it.
@@ -148,7 +155,7 @@ def run_case(case: GpuCase, files: CaseFiles, workers: Mapping[str, Worker], set
     groups: dict[int, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(id(entry.worker), []).append(entry)
-    oracle = inputs.Oracle(case, files)
+    oracle = oracle or inputs.Oracle(case, files)
     # Compilers of different peers may run at once: nothing is timed yet.
     with ThreadPoolExecutor(len(groups)) as pool:
         jobs = [pool.submit(_prepare, mine[0].worker, mine, case, files, oracle, settings) for mine in groups.values()]

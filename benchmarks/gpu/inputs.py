@@ -19,7 +19,7 @@ from fgattn_jax.evaluation.oracle import attention_oracle
 BLOCK_KEYS = {"fa4_128x128": 128, "fa4_128x64": 64}
 """Keys per block of contestants that take whole blocks; their rows have 128 queries."""
 
-_CHECKED_QUERIES = 12
+_CHECKED_QUERIES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,12 +172,24 @@ def _load_values(files: CaseFiles, name: str) -> np.ndarray:
 
 
 class Oracle:
-    """Expected results of a case; contestants that compute the same share them. May be asked by several threads."""
+    """Expected results of a case; contestants that compute the same share them. May be asked by several threads.
 
-    def __init__(self, case: GpuCase, files: CaseFiles):
+    Args:
+        case: The case.
+        files: Its arrays.
+        before: An earlier oracle: dense results of the same query, key and value are taken from there.
+    """
+
+    def __init__(self, case: GpuCase, files: CaseFiles, before: "Oracle | None" = None):
         self._case, self._files = case, files
         self._lock = threading.Lock()
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if before is not None and before._inputs == self._inputs and "dense" in before._known:
+            self._known["dense"] = before._known["dense"]
+
+    @property
+    def _inputs(self) -> tuple[str, ...]:
+        return (*(self._files.arrays[name] for name in ("query", "key", "value")), str(self._files.queries))
 
     def of(self, contestant: str) -> tuple[np.ndarray, np.ndarray]:
         """See `expected`."""

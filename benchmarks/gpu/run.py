@@ -104,28 +104,28 @@ def run(plan: Plan, workers: Mapping[str, Worker], say: Callable[[str], None]) -
     memory = Path("/dev/shm")
     scratch = plan.scratch or (memory if os.access(memory, os.W_OK) else None)
     cases = [_with(case, plan.contestants) for case in plan.cases]
+    oracle: inputs.Oracle | None = None
     try:
         with tempfile.TemporaryDirectory(dir=scratch, prefix="benchmark_") as name, ThreadPoolExecutor(1) as maker:
             folder = Path(name)
-            # The arrays of the next case are made while this one is timed: two sets of bits lie side by side.
-            files = _submit(maker, cases, 0, folder, plan.mask_file)
+            # Arrays and oracle of the next case are made while this one is timed: two sets of bits lie side by side.
+            prepared = _submit(maker, cases, 0, folder, plan.mask_file, None)
             for number, case in enumerate(cases):
                 used = time.monotonic() - start
                 if used > plan.budget_s:
                     say(f"{case.name}: left out, {used:.0f} s of budget_s={plan.budget_s:g} are used")
                     yield _empty(case, source, "left out", f"the time budget of {plan.budget_s:g} s was used up")
                     continue
-                assert files is not None
+                assert prepared is not None, "the first case was submitted, and every case submits the next"
                 try:
-                    made = files.result()
+                    files, oracle = prepared.result()
                 except ValueError as error:
-                    made = None
+                    prepared = _submit(maker, cases, number + 1, folder, plan.mask_file, oracle)
                     yield _empty(case, source, "missing", str(error))
-                files = _submit(maker, cases, number + 1, folder, plan.mask_file)
-                if made is None:
                     continue
-                entries = contest.run_case(case, made, workers, plan.settings)
-                rows = [row | source for row in contest.rows_of(case, made, entries)]
+                prepared = _submit(maker, cases, number + 1, folder, plan.mask_file, oracle)
+                entries = contest.run_case(case, files, workers, plan.settings, oracle)
+                rows = [row | source for row in contest.rows_of(case, files, entries)]
                 say(f"{case.name}: {_short(rows)} ({time.monotonic() - start:.0f} s)")
                 yield rows
     finally:
@@ -139,19 +139,36 @@ def _with(case: GpuCase, contestants: tuple[str, ...] | None) -> GpuCase:
     return dataclasses.replace(case, contestants=tuple(name for name in case.contestants if name in contestants))
 
 
+_Prepared = tuple[inputs.CaseFiles, inputs.Oracle]
+
+
 def _submit(
-    maker: ThreadPoolExecutor, cases: Sequence[GpuCase], number: int, folder: Path, mask_file: Path | None
-) -> "Future[inputs.CaseFiles] | None":
+    maker: ThreadPoolExecutor,
+    cases: Sequence[GpuCase],
+    number: int,
+    folder: Path,
+    mask_file: Path | None,
+    before: inputs.Oracle | None,
+) -> Future[_Prepared] | None:
     if number >= len(cases):
         return None
-    return maker.submit(inputs.make_files, cases[number], folder, mask_file, part=f"{number % 2}")
+    case = cases[number]
+
+    def make() -> _Prepared:
+        files = inputs.make_files(case, folder, mask_file, part=f"{number % 2}")
+        oracle = inputs.Oracle(case, files, before)
+        for name in case.contestants:
+            oracle.of(name)
+        return files, oracle
+
+    return maker.submit(make)
 
 
 def _empty(case: GpuCase, source: Mapping[str, Any], status: str, note: str) -> list[tables.Row]:
     blank = inputs.CaseFiles(Path(), {}, case.density, ())
     entries = [contest.Entry(name, Worker("none"), status, note) for name in case.contestants]
     entries = [entry for entry in entries if entry.name not in inputs.BLOCK_KEYS]
-    return [row | source for row in contest.rows_of(case, blank, entries)]
+    return [row | dict(source) for row in contest.rows_of(case, blank, entries)]
 
 
 def _short(rows: Sequence[tables.Row]) -> str:

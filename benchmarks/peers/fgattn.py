@@ -13,6 +13,7 @@ from benchmarks.peers.base import Fetched, Program
 from benchmarks.peers.jax_side import AbstractJaxPeer, fetch_queries, load
 from fgattn_jax.masks import SliceMask
 from fgattn_jax.pallas_kernels import support as pallas_support
+from fgattn_jax.types import Implementation
 from fgattn_jax.xla_ffi import attention as cuda_attention
 from fgattn_jax.xla_ffi import support as cuda_support
 
@@ -33,8 +34,8 @@ class FgattnPeer(AbstractJaxPeer):
 
     def why_not(self, name: str, case: GpuCase) -> str | None:
         """See `AbstractPeer.why_not`."""
-        if name == "xla" or (reason := super().why_not(name, case)):
-            return None if name == "xla" else reason
+        if name == "xla" or name not in self.names:
+            return super().why_not(name, case)
         support = cuda_support if name == "cuda" else pallas_support
         device = jax.devices()[0]
         facts: dict[str, Any] = {"head_dim": case.head_dim, "query_block": case.query_block, "dtype": case.dtype}
@@ -45,21 +46,23 @@ class FgattnPeer(AbstractJaxPeer):
 
     def prepare(self, name: str, case: GpuCase, files: CaseFiles) -> Program:
         """See `AbstractPeer.prepare`."""
-        for array in ("bits", "query_order"):
-            if array in files.arrays and array not in self._arrays:
-                self._arrays[array] = (
-                    load(files, array)[None, None] if array == "query_order" else load(files, array)[None]
-                )
+        if "bits" not in self._arrays:
+            self._arrays["bits"] = load(files, "bits")[None]  # [1, N, R, W]
+            if "query_order" in files.arrays:
+                self._arrays["query_order"] = load(files, "query_order")[None, None]  # [1, 1, T]
         bits, order = self._arrays["bits"], self._arrays.get("query_order")
         qkv = self.qkv(case, files)
         if name == "cuda":
             return self._cuda(case, qkv, bits, order)
+        implementation: Implementation = "pallas" if name == "pallas" else "xla"
         mask = SliceMask(
             bits, order, query_block=case.query_block, num_keys=case.num_keys, num_queries=case.num_queries
         )
 
         def run(query: jax.Array, key: jax.Array, value: jax.Array, mask: SliceMask) -> Any:
-            return fgattn_jax.attention_with_lse(query, key, value, mask, scale=case.scale, implementation=name)
+            return fgattn_jax.attention_with_lse(
+                query, key, value, mask, scale=case.scale, implementation=implementation
+            )
 
         return Program(self.program((name, case.query_block, case.scale), run, (*qkv, mask)), _fetch)
 
