@@ -32,20 +32,18 @@ def between_other_kernels(query, key, value, mask):
 
 
 def captured(compiled_text: str, dump: Path) -> bool:
-    """Whether the kernel's call stands in a computation or thunk sequence of a command buffer.
+    """Whether every call of the kernels stands inside a command buffer.
 
-    Older versions of XLA move it there in the HLO, newer ones in the list of thunks.
+    Older versions of XLA move calls there in the HLO, newer ones in the list of thunks, where members are indented.
     """
     for computation in compiled_text.split("\n\n"):
         if "command_buffer" in computation.partition("{")[0] and "fgattn_attention" in computation:
             return True
-    for file in dump.glob("*thunk*"):
-        text = file.read_text(errors="replace")
-        if "kCommandBuffer" in text and "between_other_kernels" in file.name:
-            inside = text.partition("kCommandBuffer")[2]
-            outside = text.partition("kCommandBuffer")[0]
-            if "CustomCall" in inside and "kCustomCall" not in outside:
-                return True
+    for file in dump.glob("*between_other_kernels*thunk_sequence*"):
+        lines = file.read_text(errors="replace").splitlines()
+        calls = [line for line in lines if ": kCustomCall" in line]
+        if calls and any(": kCommandBuffer" in line for line in lines):
+            return all(line.startswith(" ") for line in calls)
     return False
 
 
