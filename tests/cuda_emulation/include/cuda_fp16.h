@@ -1,0 +1,5 @@
+#pragma once
+#include "builtins.h"
+struct __half {
+  unsigned short bits;
+};

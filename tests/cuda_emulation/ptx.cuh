@@ -1,0 +1,73 @@
+// The same names as xla_ffi/csrc/ptx.cuh, emulated. Takes its place when the kernels are compiled for the CPU.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace fgattn::ptx {
+
+inline uint32_t shared_address(const void* pointer, EMULATION_SITE) { return emulation::shared_address(pointer, site); }
+
+inline void barrier_init(uint32_t barrier, int count, EMULATION_SITE) { emulation::barrier_init(barrier, count, site); }
+inline void barrier_init_fence() {}
+inline void barrier_wait(uint32_t barrier, uint32_t parity, EMULATION_SITE) {
+  emulation::barrier_wait(barrier, parity, site);
+}
+inline void barrier_arrive(uint32_t barrier, EMULATION_SITE) { emulation::barrier_arrive(barrier, site); }
+
+template <int kLineBytes>
+inline void copy_async_16(uint32_t shared, const void* global, EMULATION_SITE) {
+  emulation::copy_async_16(shared, global, site);
+}
+inline void copy_async_arrive(uint32_t barrier, EMULATION_SITE) { emulation::copy_async_arrive(barrier, site); }
+inline void fence_async_proxy() { emulation::fence_async_proxy(); }
+
+inline void named_barrier_sync(int id, int threads, EMULATION_SITE) { emulation::named_barrier(id, threads, true, site); }
+inline void named_barrier_arrive(int id, int threads, EMULATION_SITE) {
+  emulation::named_barrier(id, threads, false, site);
+}
+
+template <int kRegisters>
+inline void give_registers(EMULATION_SITE) {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  emulation::set_registers(kRegisters, false, site);
+}
+template <int kRegisters>
+inline void take_registers(EMULATION_SITE) {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  emulation::set_registers(kRegisters, true, site);
+}
+
+inline float exp2(float x) {
+  const float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;  // ftz
+}
+
+template <class Element>
+inline uint32_t pack(float low, float high);
+template <>
+inline uint32_t pack<__nv_bfloat16>(float low, float high) {
+  return emulation::float_as_bfloat16(low) | uint32_t{emulation::float_as_bfloat16(high)} << 16;
+}
+template <>
+inline uint32_t pack<__half>(float low, float high) {
+  return emulation::float_as_half(low) | uint32_t{emulation::float_as_half(high)} << 16;
+}
+
+inline const char* opaque(const char* pointer) { return pointer; }
+
+inline uint32_t load_shared(uint32_t shared, EMULATION_SITE) {
+  emulation::maybe_yield();
+  return *reinterpret_cast<const volatile uint32_t*>(emulation::shared_pointer(shared, 4, site));
+}
+inline int4 load_shared_int4(uint32_t shared, EMULATION_SITE) {
+  emulation::maybe_yield();
+  int4 x;
+  std::memcpy(&x, emulation::shared_pointer(shared, 16, site), 16);
+  return x;
+}
+inline uint32_t uniform(uint32_t x, EMULATION_SITE) { return __reduce_or_sync(0xFFFFFFFFu, x, site); }
+
+}  // namespace fgattn::ptx
