@@ -6,14 +6,16 @@ import time
 import types
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fgattn_jax
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import contest, inputs, masks, protocol, run, summary
 from benchmarks.gpu.cases import BREAK_EVEN_BAR, CASES, EVEN, FLASHINFER, OURS, Bar, GpuCase, cases_of
 from benchmarks.gpu.client import PeerAbsentError, Worker, WorkerError, WorkerLostError
-from benchmarks.peers import bundle, jax_side
+from benchmarks.peers import bundle, fgattn, jax_side
 from benchmarks.peers.base import time_calls
 from fgattn_jax import masks as public_masks
 from fgattn_jax import query_order
@@ -584,3 +586,35 @@ def test_dense_results_are_kept_for_cases_of_the_same_arrays(tmp_path, monkeypat
     shape = dataclasses.replace(SMALL, num_queries=200)
     inputs.Oracle(shape, inputs.make_files(shape, tmp_path), before).of("cudnn")
     assert asked == ["xla", "cudnn"]
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_cuda_contestant_hands_over_bits_orders_and_scale(tmp_path, monkeypatch, ordered):
+    case = dataclasses.replace(SMALL, num_keys=300, contestants=("cuda",))
+    if ordered:
+        case = dataclasses.replace(case, mask="video", grid=(3, 10, 10), order="hilbert")
+    asked = {}
+
+    # Stand-ins with the signatures of the adapter: no GPU is here to run the kernel.
+    def work_order(bits, *, num_keys):
+        asked["num_keys"] = num_keys
+        return jnp.zeros((*bits.shape[:3], 2), jnp.int32)
+
+    def forward(query, key, value, bits, query_order, work_order, *, scale, query_block):
+        asked["work_order"] = work_order.shape
+        mask = public_masks.SliceMask(bits, query_order, query_block=query_block, num_keys=300, num_queries=300)
+        return fgattn_jax.attention_with_lse(query, key, value, mask, scale=scale, implementation="xla")
+
+    monkeypatch.setattr(fgattn.cuda_attention, "work_order", work_order)
+    monkeypatch.setattr(fgattn.cuda_attention, "forward", forward)
+    peer = fgattn.make_peer({})
+    assert "platform='cpu'" in str(peer.why_not("cuda", case))
+    files = inputs.make_files(case, tmp_path)
+    program = peer.prepare("cuda", case, files)
+    fetched = program.fetch(program.call(), files.queries)
+    output, lse = inputs.expected(case, files, "cuda")
+    np.testing.assert_allclose(fetched.output, output, atol=contest.OUTPUT_BOUND["bfloat16"])
+    np.testing.assert_allclose(fetched.lse, lse, atol=contest.LSE_BOUND)
+    assert asked == {"num_keys": 300, "work_order": (1, 4, 5, 2)}
+    assert program.plan is not None
+    program.plan()
