@@ -165,7 +165,7 @@ def test_the_first_calls_match_the_oracle_with_xla(number):
     check(number, "xla")
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", [*range(10), *(pytest.param(n, marks=pytest.mark.slow) for n in range(10, 40))])
 def test_the_first_calls_match_the_oracle_through_the_handlers(host_kernel, number):
     check(number, "cuda")
 
