@@ -19,7 +19,7 @@ OPERANDS = {
     "work_order": ((B, N, R, 2), S32),
     "query_order": ((B, N, T), S32),
 }
-RESULTS = {"output": ((B, T, N, H), BF16), "lse": ((B, N, T), F32), "next_item": ((1,), S32)}
+RESULTS = {"output": ((B, T, N, H), BF16), "lse": ((B, N, T), F32), "workspace": ((4 + 4 * B * N * R,), S32)}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ WRONG = {
     "output of another dtype": ({"output": ((B, T, N, H), F32)}, r"`output` BF16.*, got F32"),
     "LSE in another layout": ({"lse": (B, T, N)}, r"`lse` F32\[B=2, N=4, T=150\], got F32\[2, 150, 4\]"),
     "LSE of another dtype": ({"lse": ((B, N, T), BF16)}, r"`lse` F32.*, got BF16"),
-    "two counters": ({"next_item": (2,)}, r"`next_item` S32\[1=1\], got S32\[2\]"),
+    "workspace of one number": ({"workspace": (1,)}, r"`workspace` S32\[4 \+ 4 B N R=100\], got S32\[1\]"),
 }  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_empty_arrays_return_without_a_launch(library, axis):
     call(
         "fgattn_host_attention",
         query=(b, t, n, H), key=(b, S, K, H), value=(b, S, K, H), bits=(1, 1, r, W), work_order=(1, 1, r, 2),
-        query_order=(b, n, t), output=(b, t, n, H), lse=(b, n, t),
+        query_order=(b, n, t), output=(b, t, n, H), lse=(b, n, t), workspace=(4 + 4 * b * n * r,),
     )  # fmt: skip
     assert library.fgattn_host_launches() == before
 
@@ -175,7 +175,7 @@ def check(library, offsets=None, **shapes) -> str:
 @pytest.mark.parametrize(
     ("name", "bytes_"),
     [("query", 16), ("key", 16), ("value", 16), ("bits", 16), ("output", 16), ("work_order", 8), ("query_order", 4),
-     ("lse", 4), ("next_item", 4)],
+     ("lse", 4), ("workspace", 4)],
 )  # fmt: skip
 def test_addresses_that_the_kernel_could_not_load_from_are_refused(library, name, bytes_):
     assert check(library) == ""

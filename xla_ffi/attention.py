@@ -61,7 +61,8 @@ def forward(
     results = (
         jax.ShapeDtypeStruct(query.shape, query.dtype),
         jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),  # the kernel's counter of rows: workspace, as graphs forbid allocation
+        # The kernel's workspace (csrc/launch.h): a result, because CUDA graphs forbid allocation.
+        jax.ShapeDtypeStruct((4 + 4 * batch * num_heads * bits.shape[2],), jnp.int32),
     )
     operands = (query, key, value, bits, work_order) + (() if query_order is None else (query_order,))
     call = jax.ffi.ffi_call(library.ATTENTION_TARGET, results)

@@ -63,7 +63,7 @@ class AttentionArgs(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "bits", "work_order", "query_order")),
-        *((name, ctypes.c_void_p) for name in ("output", "lse", "next_item")),
+        *((name, ctypes.c_void_p) for name in ("output", "lse", "workspace")),
         *((f"{name}_strides", _TokenStrides) for name in ("query", "key", "value", "output")),
         *((f"{name}_strides", _MaskStrides) for name in ("bits", "work_order", "query_order")),
         *((name, ctypes.c_int32) for name in ("batch", "num_queries", "num_keys", "num_heads", "num_kv_heads")),
@@ -187,11 +187,11 @@ class Emulator:
         batch, num_queries, num_heads, head_dim = query.shape
         output, whole_output = _guarded(query.shape, query.dtype)
         lse, whole_lse = _guarded((batch, num_heads, num_queries), np.float32)
-        next_item, whole_next = _guarded((4 + 4 * batch * num_heads * bits.shape[2],), np.int32)
+        workspace, whole_workspace = _guarded((4 + 4 * batch * num_heads * bits.shape[2],), np.int32)
         args = AttentionArgs(
             *(array.ctypes.data for array in (query, key, value, bits, work_order)),
             None if query_order is None else query_order.ctypes.data,
-            *(array.ctypes.data for array in (output, lse, next_item)),
+            *(array.ctypes.data for array in (output, lse, workspace)),
             *(_TokenStrides(*(step // array.itemsize for step in array.strides[:3]))
               for array in (query, key, value, output)),
             *(_MaskStrides(*([0, 0] if array is None else _strides(array, (0, 1))))
@@ -203,10 +203,10 @@ class Emulator:
         if readable is not None:
             lines = np.ascontiguousarray(np.repeat(readable, head_dim * 2 // 16, axis=-1)).astype(np.uint8)
         regions = {"query": (query, None), "key": (key, lines), "value": (value, lines)}
-        regions |= {"bits": (bits, None), "work_order": (work_order, None), "next_item": (next_item, None)}
+        regions |= {"bits": (bits, None), "work_order": (work_order, None), "workspace": (workspace, None)}
         if query_order is not None:
             regions["query_order"] = (query_order, None)
         self._call(self._library.emulation_attention, args, regions, seed, num_sms)
-        for name, whole in (("output", whole_output), ("lse", whole_lse), ("next_item", whole_next)):
+        for name, whole in (("output", whole_output), ("lse", whole_lse), ("workspace", whole_workspace)):
             _check_guards(name, whole)
         return Forward(output, lse)

@@ -62,8 +62,8 @@ void attend(const AttentionArgs& a, int64_t b, int64_t n, int64_t t, const std::
 ffi::Error host_attention(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, ffi::AnyBuffer bits,
                           ffi::AnyBuffer work, std::optional<ffi::AnyBuffer> query_order,
                           ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> lse,
-                          ffi::Result<ffi::AnyBuffer> next_item, float scale, int32_t query_block) {
-  return attention(nullptr, query, key, value, bits, work, query_order, output, lse, next_item, scale, query_block);
+                          ffi::Result<ffi::AnyBuffer> workspace, float scale, int32_t query_block) {
+  return attention(nullptr, query, key, value, bits, work, query_order, output, lse, workspace, scale, query_block);
 }
 
 ffi::Error host_work_order(ffi::AnyBuffer bits, ffi::Result<ffi::AnyBuffer> result, int32_t num_keys) {
@@ -76,7 +76,7 @@ namespace fgattn {
 
 const char* launch_attention(const AttentionArgs& a, cudaStream_t) {
   ++launches;
-  *a.next_item = 0;
+  *a.workspace = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
     for (int64_t n = 0; n < a.num_heads; ++n) {
       const uint32_t* bits = a.bits + b * a.bits_strides.batch + n * a.bits_strides.head;

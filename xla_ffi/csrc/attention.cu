@@ -25,7 +25,7 @@ cudaError_t launch(const KernelParams& params, int num_sms, cudaStream_t stream)
 KernelParams make_params(const AttentionArgs& args, int num_sms) {
   const int heads = args.batch * args.num_heads;
   const bool few = int64_t{heads} * args.num_rows < 4 * num_sms;
-  const Workspace workspace{args.next_item, args.next_item + 1, args.next_item + Workspace::kCounters,
+  const Workspace workspace{args.workspace, args.workspace + 1, args.workspace + kWorkspaceCounters,
                             4 * heads * args.num_rows};
   return {args, Schedule{heads, args.num_rows, few ? 0 : args.num_rows - args.num_rows / 4}, workspace, false};
 }
@@ -56,7 +56,7 @@ const char* launch_attention(const AttentionArgs& args, cudaStream_t stream) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    error = cudaMemsetAsync(args.next_item, 0, Workspace::kCounters * sizeof(int32_t), stream);
+    error = cudaMemsetAsync(args.workspace, 0, kWorkspaceCounters * sizeof(int32_t), stream);
   }
   if (error == cudaSuccess) {
     error = args.dtype == DType::kBFloat16 ? launch_widths<__nv_bfloat16>(args, num_sms, stream)

@@ -64,7 +64,6 @@ struct Schedule {
 // Two counters, then the rows that kPair64 leaves to kRow64, as head * num_rows + row. A row may stand there several
 // times: then several blocks write the same numbers to the same places.
 struct Workspace {
-  static constexpr int kCounters = 4;
   int32_t* next_item;
   int32_t* num_left;
   int32_t* left;
@@ -201,6 +200,7 @@ __device__ __forceinline__ void decode(SharedMemory<C>& shared, const Barriers<C
       }
     }
     ptx::barrier_wait(barriers.item_empty + 8 * stage.slot, stage.phase ^ 1);
+    __syncwarp();  // else the place could be filled, read and let go again before the last lane has looked
     if (lane == 0) {
       shared.items[stage.slot] = work;
       ptx::barrier_arrive(barriers.item_full + 8 * stage.slot);

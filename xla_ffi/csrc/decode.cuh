@@ -7,8 +7,8 @@
 // A step takes kWords words a lane, 32 kWords neighbouring keys: lanes in order hold keys in order, so a prefix sum of
 // the population counts is each lane's place in the list. More words a lane mean fewer prefix sums for sparse rows.
 //
-// A pair of rows is decoded as the union of their keys; the two highest bits of an entry say which rows keep the key,
-// and the same comes out as words of bits for the consumers, `kept`.
+// A pair of rows is decoded as the union of their keys. While a tile is written the two highest bits of an entry say which
+// rows keep the key; they leave as words of bits for the consumers, `kept`.
 #pragma once
 #include <cstdint>
 
@@ -121,7 +121,7 @@ __device__ __forceinline__ void decode_rows(Ring& ring, KeptRing& kept, const Ma
     int* list = ring.list();
     __syncwarp();
     if (tile_end == kTileKeys && padding > 0) {
-      const int key = list[padding] & kKeyMask;  // kept by no row, here
+      const int key = list[padding] & kKeyMask;  // here for neither row
       for (int i = lane; i < padding; i += kWarp) list[i] = key;
       __syncwarp();
     }
@@ -133,8 +133,10 @@ __device__ __forceinline__ void decode_rows(Ring& ring, KeptRing& kept, const Ma
         const uint32_t first = __ballot_sync(kAllLanes, entry >> kFirstRowBit & 1);
         const uint32_t second = __ballot_sync(kAllLanes, entry >> kSecondRowBit & 1);
         if (lane == 0) words[i] = first, words[kTileKeys / 32 + i] = second;
+        list[i * 32 + lane] = entry & kKeyMask;
       }
       if (++kept.slot == kept.depth) kept.slot = 0;
+      __syncwarp();
     }
     if (lane == 0) ring.arrive_full();
     ring.advance();

@@ -126,7 +126,7 @@ MaskStrides mask_strides(const ffi::AnyBuffer& buffer) {
 struct AttentionBuffers {
   ffi::AnyBuffer query, key, value, bits, work_order;
   std::optional<ffi::AnyBuffer> query_order;
-  ffi::AnyBuffer output, lse, next_item;
+  ffi::AnyBuffer output, lse, workspace;
 };
 
 // Fills `args` and returns what is wrong, if anything is; `args` counts only then if nothing is.
@@ -169,14 +169,17 @@ Refusal check_attention(const AttentionBuffers& x, float scale, int32_t query_bl
   refusal.unless_fits("output", x.output, dtype,
                       {{"B", batch}, {"T", num_queries}, {"N", num_heads}, {"H", head_dim}});
   refusal.unless_fits("lse", x.lse, ffi::F32, {{"B", batch}, {"N", num_heads}, {"T", num_queries}});
-  refusal.unless_fits("next_item", x.next_item, ffi::S32, {{"1", 1}});
   refusal.unless_below_2_31("R * M query positions", num_rows * query_block);
-  refusal.unless_below_2_31("W * 32 key numbers", num_words * 32);
+  refusal.unless_below_2_31("2 * W * 32 key numbers", 2 * num_words * 32);  // two bits of an entry say whose it is
   refusal.unless_below_2_31("B query batches", batch);
   refusal.unless_below_2_31("N query heads", num_heads);
   // Each factor is known to be below 2^31 here: no product overflows.
   if (refusal.none()) refusal.unless_below_2_31("B * N heads of the whole batch", batch * num_heads);
   if (refusal.none()) refusal.unless_below_2_31("B * N * R rows", batch * num_heads * num_rows);
+  const int64_t workspace = refusal.none() ? fgattn::workspace_size(batch, num_heads, num_rows) : 0;
+  refusal.unless_below_2_31("4 + 4 B N R numbers of workspace", workspace);
+  refusal.unless_below_2_31("2 K H bytes from key to key", 2 * num_kv_heads * head_dim);
+  if (refusal.none()) refusal.unless_fits("workspace", x.workspace, ffi::S32, {{"4 + 4 B N R", workspace}});
   refusal.unless_aligned("query", x.query, 16);
   refusal.unless_aligned("key", x.key, 16);
   refusal.unless_aligned("value", x.value, 16);
@@ -185,7 +188,7 @@ Refusal check_attention(const AttentionBuffers& x, float scale, int32_t query_bl
   refusal.unless_aligned("work_order", x.work_order, 8);
   if (x.query_order) refusal.unless_aligned("query_order", *x.query_order, 4);
   refusal.unless_aligned("lse", x.lse, 4);
-  refusal.unless_aligned("next_item", x.next_item, 4);
+  refusal.unless_aligned("workspace", x.workspace, 4);
   if (!refusal.none()) return refusal;
 
   args.query = x.query.untyped_data();
@@ -196,7 +199,7 @@ Refusal check_attention(const AttentionBuffers& x, float scale, int32_t query_bl
   args.query_order = x.query_order ? static_cast<const int32_t*>(x.query_order->untyped_data()) : nullptr;
   args.output = x.output.untyped_data();
   args.lse = static_cast<float*>(x.lse.untyped_data());
-  args.next_item = static_cast<int32_t*>(x.next_item.untyped_data());
+  args.workspace = static_cast<int32_t*>(x.workspace.untyped_data());
   args.query_strides = token_strides(x.query);
   args.key_strides = token_strides(x.key);
   args.value_strides = token_strides(x.value);
@@ -250,10 +253,10 @@ ffi::Error launched(const char* failure) {
 ffi::Error attention(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
                      ffi::AnyBuffer bits, ffi::AnyBuffer work_order, std::optional<ffi::AnyBuffer> query_order,
                      ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> lse,
-                     ffi::Result<ffi::AnyBuffer> next_item, float scale, int32_t query_block) {
+                     ffi::Result<ffi::AnyBuffer> workspace, float scale, int32_t query_block) {
   AttentionArgs args;
   const Refusal refusal = check_attention(
-      {query, key, value, bits, work_order, query_order, *output, *lse, *next_item}, scale, query_block, args);
+      {query, key, value, bits, work_order, query_order, *output, *lse, *workspace}, scale, query_block, args);
   if (!refusal.none()) return refusal.error();
   if (args.batch == 0 || args.num_queries == 0 || args.num_heads == 0) return ffi::Error::Success();
   return launched(fgattn::launch_attention(args, stream));
@@ -262,9 +265,9 @@ ffi::Error attention(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer k
 ffi::Error check_attention_only(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, ffi::AnyBuffer bits,
                                 ffi::AnyBuffer work_order, std::optional<ffi::AnyBuffer> query_order,
                                 ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> lse,
-                                ffi::Result<ffi::AnyBuffer> next_item, float scale, int32_t query_block) {
+                                ffi::Result<ffi::AnyBuffer> workspace, float scale, int32_t query_block) {
   AttentionArgs args;
-  return check_attention({query, key, value, bits, work_order, query_order, *output, *lse, *next_item}, scale,
+  return check_attention({query, key, value, bits, work_order, query_order, *output, *lse, *workspace}, scale,
                          query_block, args)
       .error();
 }
@@ -318,7 +321,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FgattnAttention, attention,
                                   .OptionalArg<ffi::AnyBuffer>()  // query_order
                                   .Ret<ffi::AnyBuffer>()          // output
                                   .Ret<ffi::AnyBuffer>()          // lse
-                                  .Ret<ffi::AnyBuffer>()          // next_item
+                                  .Ret<ffi::AnyBuffer>()          // workspace
                                   .Attr<float>("scale")
                                   .Attr<int32_t>("query_block"),
                               {ffi::Traits::kCmdBufferCompatible});

@@ -34,7 +34,7 @@ struct AttentionArgs {
   const int32_t* query_order;  // [B|1, N|1, T], or null for raster
   void* output;                // [B, T, N, H]
   float* lse;                  // [B, N, T], natural logarithm
-  int32_t* next_item;          // one zeroed counter; the launch zeroes it
+  int32_t* workspace;          // workspace_size(B, N, R) numbers; the launch sets what it needs
   TokenStrides query_strides, key_strides, value_strides, output_strides;
   MaskStrides bits_strides, work_order_strides, query_order_strides;
   int32_t batch, num_queries, num_keys, num_heads, num_kv_heads, head_dim;
@@ -42,6 +42,12 @@ struct AttentionArgs {
   float scale;  // finite, not negative
   DType dtype;
 };
+
+// Counters, and a list of rows: `Workspace` in attention_kernel.cuh.
+inline constexpr int64_t kWorkspaceCounters = 4;
+inline constexpr int64_t workspace_size(int64_t batch, int64_t num_heads, int64_t num_rows) {
+  return kWorkspaceCounters + 4 * batch * num_heads * num_rows;
+}
 
 struct WorkOrderArgs {
   const uint32_t* bits;  // [batches, heads, R, W], contiguous
