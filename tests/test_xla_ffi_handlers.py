@@ -213,4 +213,4 @@ def test_sizes_that_32_bits_cannot_count_are_refused(library, sizes, what):
 
 def test_the_largest_sizes_that_32_bits_can_count_pass(library):
     assert check(library, **sized(t=2**31 - 64, s=2**30 - 128)) == ""
-    assert check(library, **sized(b=2**10, n=2**11, t=2**15)) == ""
+    assert check(library, **sized(b=2**10, n=2**9, t=2**15)) == ""
