@@ -8,7 +8,8 @@ WIDTHS = (64, 128)
 DTYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
 
 HEAD = """\
-// Warpgroup matrix products: 64 rows x N columns += 64 x 16 times 16 x N, float32 sums in registers. Made by make_wgmma.py.
+// Warpgroup matrix products: 64 rows x N columns += 64 x 16 times 16 x N, float32 sums in registers.
+// Made by make_wgmma.py.
 //
 // Thread t of a warpgroup holds, of column block c (8 columns), d[4c], d[4c+1]: row 16 (t/32) + (t%32)/4, columns
 // 8c + 2 (t%4) and the next; d[4c+2], d[4c+3]: the same 8 rows below. The A operand in registers has the same layout
@@ -28,7 +29,8 @@ namespace fgattn {
 struct Descriptor {
   static constexpr uint32_t kHigh = (1u << 30) | (1024 >> 4);
   uint32_t low;
-  __device__ __forceinline__ Descriptor(uint32_t shared, uint32_t leading) : low((leading >> 4 << 16) | (shared >> 4)) {}
+  __device__ __forceinline__ Descriptor(uint32_t shared, uint32_t leading)
+      : low((leading >> 4 << 16) | (shared >> 4)) {}
   __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
     uint64_t whole;
     asm("mov.b64 %0, {%1, %2};" : "=l"(whole) : "r"(low + (bytes >> 4)), "r"(kHigh));
@@ -51,7 +53,8 @@ BODY = """
 template <>
 struct Wgmma<{element}, {n}> {{
   // d = (accumulate ? d : 0) + A B^T, both from shared memory, lines of 64 columns along the summed axis.
-  __device__ __forceinline__ static void shared_by_shared(float (&d)[{count}], uint64_t a, uint64_t b, bool accumulate) {{
+  __device__ __forceinline__ static void shared_by_shared(float (&d)[{count}], uint64_t a, uint64_t b,
+                                                          bool accumulate) {{
     asm volatile(
         "{{\\n"
         ".reg .pred p;\\n"
@@ -74,6 +77,7 @@ struct Wgmma<{element}, {n}> {{
 
 
 def wrapper(element: str, ptx: str, n: int) -> str:
+    """The wrapper of one dtype and `n` columns."""
     count = n // 2
     return BODY.format(
         element=element, ptx=ptx, n=n, count=count,

@@ -1,4 +1,5 @@
-// Warpgroup matrix products: 64 rows x N columns += 64 x 16 times 16 x N, float32 sums in registers. Made by make_wgmma.py.
+// Warpgroup matrix products: 64 rows x N columns += 64 x 16 times 16 x N, float32 sums in registers.
+// Made by make_wgmma.py.
 //
 // Thread t of a warpgroup holds, of column block c (8 columns), d[4c], d[4c+1]: row 16 (t/32) + (t%32)/4, columns
 // 8c + 2 (t%4) and the next; d[4c+2], d[4c+3]: the same 8 rows below. The A operand in registers has the same layout
@@ -18,7 +19,8 @@ namespace fgattn {
 struct Descriptor {
   static constexpr uint32_t kHigh = (1u << 30) | (1024 >> 4);
   uint32_t low;
-  __device__ __forceinline__ Descriptor(uint32_t shared, uint32_t leading) : low((leading >> 4 << 16) | (shared >> 4)) {}
+  __device__ __forceinline__ Descriptor(uint32_t shared, uint32_t leading)
+      : low((leading >> 4 << 16) | (shared >> 4)) {}
   __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
     uint64_t whole;
     asm("mov.b64 %0, {%1, %2};" : "=l"(whole) : "r"(low + (bytes >> 4)), "r"(kHigh));
@@ -39,7 +41,8 @@ struct Wgmma;
 template <>
 struct Wgmma<__nv_bfloat16, 64> {
   // d = (accumulate ? d : 0) + A B^T, both from shared memory, lines of 64 columns along the summed axis.
-  __device__ __forceinline__ static void shared_by_shared(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  __device__ __forceinline__ static void shared_by_shared(float (&d)[32], uint64_t a, uint64_t b,
+                                                          bool accumulate) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -62,7 +65,8 @@ struct Wgmma<__nv_bfloat16, 64> {
 template <>
 struct Wgmma<__nv_bfloat16, 128> {
   // d = (accumulate ? d : 0) + A B^T, both from shared memory, lines of 64 columns along the summed axis.
-  __device__ __forceinline__ static void shared_by_shared(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  __device__ __forceinline__ static void shared_by_shared(float (&d)[64], uint64_t a, uint64_t b,
+                                                          bool accumulate) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -85,7 +89,8 @@ struct Wgmma<__nv_bfloat16, 128> {
 template <>
 struct Wgmma<__half, 64> {
   // d = (accumulate ? d : 0) + A B^T, both from shared memory, lines of 64 columns along the summed axis.
-  __device__ __forceinline__ static void shared_by_shared(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  __device__ __forceinline__ static void shared_by_shared(float (&d)[32], uint64_t a, uint64_t b,
+                                                          bool accumulate) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -108,7 +113,8 @@ struct Wgmma<__half, 64> {
 template <>
 struct Wgmma<__half, 128> {
   // d = (accumulate ? d : 0) + A B^T, both from shared memory, lines of 64 columns along the summed axis.
-  __device__ __forceinline__ static void shared_by_shared(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  __device__ __forceinline__ static void shared_by_shared(float (&d)[64], uint64_t a, uint64_t b,
+                                                          bool accumulate) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
