@@ -212,8 +212,7 @@ class NNXSliceAttentionFn(nnx.Module):
     def mask(self) -> SliceMask:
         """The cached mask (of all layers, if they are stacked). Empty until the first refresh."""
         order = None if self.query_order is None else self.query_order[...]
-        lengths = {"num_keys": self.num_keys, "num_queries": self.num_queries}
-        return SliceMask(self.bits[...], order, query_block=self.query_block, **lengths)
+        return self._mask(self.bits[...], order)
 
     def density(self) -> Float32[Array, " *L"]:
         """Share of the slices that cached steps compute: a scalar, or one per stacked layer.
@@ -248,12 +247,16 @@ class NNXSliceAttentionFn(nnx.Module):
             if variable is not None:
                 variable[...] = jnp.zeros_like(variable[...])
 
+    def _mask(self, bits, query_order) -> SliceMask:
+        return SliceMask(
+            bits, query_order, query_block=self.query_block, num_keys=self.num_keys, num_queries=self.num_queries
+        )
+
     def _empty_mask(self) -> SliceMask:
         # Of one layer, where layers are stacked.
         order = None if self.query_order is None else jnp.zeros(self.query_order[...].shape[-3:], jnp.int32)
         bits = jnp.zeros(self.bits[...].shape[-4:], jnp.uint32)
-        lengths = {"num_keys": self.num_keys, "num_queries": self.num_queries}
-        return SliceMask(bits, order, query_block=self.query_block, **lengths)
+        return self._mask(bits, order)
 
     def _check_shapes(self, query: tuple[int, ...], key: tuple[int, ...]) -> None:
         have = {"batch": query[0], "num_heads": query[2], "num_queries": query[1], "num_keys": key[1]}
