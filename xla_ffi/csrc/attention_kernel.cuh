@@ -324,6 +324,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
   const Descriptor queries(ptx::uniform(ptx::shared_address(shared.query) + consumer * 64 * kPanelLineBytes), 16);
   const uint32_t tiles = ptx::shared_address(shared.tiles);
   const float scale_log2 = fmaxf(args.scale * 1.4426950408889634f, 1e-30f);  // 0 times a skipped -inf would be NaN
+  OnlineSoftmax<kScores> softmax(scale_log2);
   Stage<C::kItems> item_stage;
   Stage<C::kStages> stage;
   uint32_t query_phase = 0;
@@ -384,7 +385,6 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
   while (true) {
     const WorkItem work = next_item(shared, barriers, item_stage, lane);
     if (work.row == WorkItem::kNoMore) return;
-    OnlineSoftmax<kScores> softmax(scale_log2);
     const int tiles_of_row = num_tiles<C>(work.count);
     if (tiles_of_row > 0) {
       const int padding = tiles_of_row * C::kTileKeys - work.count;
