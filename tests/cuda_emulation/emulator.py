@@ -89,10 +89,17 @@ class EmulationError(Exception):
 
 
 class Forward(NamedTuple):
-    """`[B, T, N, H]` in the inputs' dtype and float32 `[B, N, T]`."""
+    """Results of one call.
+
+    Args:
+        output: `[B, T, N, H]` in the inputs' dtype.
+        lse: Float32 `[B, N, T]`.
+        rows_left: How many rows the pairs' kernel left to the one for single rows, repetitions included.
+    """
 
     output: np.ndarray
     lse: np.ndarray
+    rows_left: int
 
 
 GUARD = 4096  # elements in front of and behind every result: nothing may be written there
@@ -116,6 +123,11 @@ def _strides(array: np.ndarray, axes: Sequence[int]) -> list[int]:
     return [0 if array.shape[axis] == 1 else step for axis, step in zip(axes, steps, strict=True)]
 
 
+def _extent(array: np.ndarray) -> int:
+    """Bytes from the first element to behind the last one, gaps included."""
+    return array.itemsize + sum((n - 1) * step for n, step in zip(array.shape, array.strides, strict=True))
+
+
 class Emulator:
     """The compiled kernels.
 
@@ -134,7 +146,7 @@ class Emulator:
     def _call(self, function: Any, args: ctypes.Structure, regions: Mapping[str, Any], seed: int, *rest: Any) -> None:
         table = (_Region * len(regions))()
         for region, (array, readable) in zip(table, regions.values(), strict=True):
-            region.base, region.bytes = array.ctypes.data, array.nbytes
+            region.base, region.bytes = array.ctypes.data, _extent(array)
             region.readable = None if readable is None else readable.ctypes.data
         refused = function(ctypes.byref(args), table, len(regions), ctypes.c_uint64(seed), *rest)
         if refused is not None:
@@ -209,4 +221,4 @@ class Emulator:
         self._call(self._library.emulation_attention, args, regions, seed, num_sms)
         for name, whole in (("output", whole_output), ("lse", whole_lse), ("workspace", whole_workspace)):
             _check_guards(name, whole)
-        return Forward(output, lse)
+        return Forward(output, lse, int(workspace[1]))
