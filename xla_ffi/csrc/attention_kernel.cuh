@@ -277,8 +277,9 @@ __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C
                                        int thread) {
   const AttentionArgs& args = params.args;
   const int lane = thread % kWarp;
-  const Gather<C::kTileKeys, C::kHeadDim, C::kGatherThreads> tile(thread,
-                                                                  static_cast<uint32_t>(2 * args.key_strides.token));
+  const Gather<C::kTileKeys, C::kHeadDim, C::kGatherThreads> tile(thread);
+  const uint32_t key_bytes = static_cast<uint32_t>(2 * args.key_strides.token);
+  const uint32_t value_bytes = static_cast<uint32_t>(2 * args.value_strides.token);
   KeyRing<C::kTileKeys, C::kKeyLists> ring{barriers.list_full, barriers.list_empty, &shared.lists[0][0]};
   const uint32_t tiles = ptx::shared_address(shared.tiles);
   Stage<C::kItems> item_stage;
@@ -297,12 +298,12 @@ __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C
       if (step < last) {
         ring.wait_full();
         ptx::barrier_wait(barriers.key_empty + 8 * stage.slot, stage.phase ^ 1);
-        tile.start(ptx::shared_address(ring.list()), key, here);
+        tile.start(ptx::shared_address(ring.list()), key, key_bytes, here);
         ring.advance();
       }
       if (step > 0) {
         ptx::barrier_wait(barriers.value_empty + 8 * stage.slot, stage.phase ^ 1);
-        tile.start(ptx::shared_address(behind.list()), value, here + C::kTileBytes);
+        tile.start(ptx::shared_address(behind.list()), value, value_bytes, here + C::kTileBytes);
         __syncwarp();
         if (lane == 0) behind.arrive_empty();
         behind.advance();
@@ -483,7 +484,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
   const int thread = threadIdx.x % 128, lane = threadIdx.x % kWarp;
   if (threadIdx.x == 0) barriers.init();
-  for (int i = threadIdx.x; i < C::kKeyLists * C::kTileKeys; i += C::kThreads) shared.lists[0][i] = 0;
+  int* lists = reinterpret_cast<int*>(shared.lists);
+  for (int i = threadIdx.x; i < C::kKeyLists * C::kTileKeys; i += C::kThreads) lists[i] = 0;
   __syncthreads();
   if (warpgroup == 0) {
     ptx::give_registers<C::kProducerRegisters>();

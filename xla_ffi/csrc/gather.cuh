@@ -28,15 +28,14 @@ class Gather {
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static_assert(kLinesPerPass % 8 == 0 && kTileKeys % kLinesPerPass == 0 && kHeadDim % kPanelColumns == 0);
 
-  // `thread`: 0..kThreads - 1. `token_bytes`: from one key's line to the next in global memory, below 2^31.
-  __device__ __forceinline__ Gather(int thread, uint32_t token_bytes)
-      : line_(thread / 8), chunk_(thread % 8), token_bytes_(token_bytes) {
+  // `thread`: 0..kThreads - 1.
+  __device__ __forceinline__ explicit Gather(int thread) : line_(thread / 8), chunk_(thread % 8) {
     place_ = line_ * kPanelLineBytes + ((chunk_ ^ (line_ % 8)) * 16);
   }
 
   // Starts the copies of this thread's lines into `tile`. `list`: key numbers of the tile, in shared memory. `head`:
-  // key 0 of the head in global memory.
-  __device__ __forceinline__ void start(uint32_t list, const char* head, uint32_t tile) const {
+  // key 0 of the head in global memory. `token_bytes`: from one key's line to the next there.
+  __device__ __forceinline__ void start(uint32_t list, const char* head, uint32_t token_bytes, uint32_t tile) const {
     const char* mine = ptx::opaque(head + chunk_ * 16);
     const uint32_t to = tile + place_, keys = list + line_ * 4;
 #pragma unroll
@@ -46,7 +45,7 @@ class Gather {
       for (int i = 0; i < kBatch; ++i) key[i] = ptx::load_shared(keys + (batch + i) * kLinesPerPass * 4);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const char* line = mine + static_cast<uint64_t>(key[i]) * token_bytes_;
+        const char* line = mine + static_cast<uint64_t>(key[i]) * token_bytes;
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
           ptx::copy_async_16<2 * kHeadDim>(to + (panel * kTileKeys + (batch + i) * kLinesPerPass) * kPanelLineBytes,
@@ -58,7 +57,6 @@ class Gather {
 
  private:
   int line_, chunk_;
-  uint32_t token_bytes_;
   uint32_t place_;
 };
 

@@ -12,7 +12,8 @@ namespace fgattn {
 
 enum class DType { kBFloat16, kFloat16 };
 
-// Elements from one index to the next along the axes in front of H; H itself is contiguous.
+// Elements from one index to the next along the axes in front of H; H itself is contiguous. From key to key, and from
+// value to value, fewer than 2^31.
 struct TokenStrides {
   int64_t batch;
   int64_t token;
