@@ -218,7 +218,7 @@ library = ctypes.CDLL(sys.argv[1])
 jax.ffi.register_ffi_target("check_attention", jax.ffi.pycapsule(library.FgattnCheckAttention), platform="cpu")
 
 B, T, S, N, H, M, R, W = 2, 150, 70, 4, 64, 64, 3, 4
-results = [((B, T, N, H), jnp.bfloat16), ((B, N, T), jnp.float32), ((1,), jnp.int32)]
+results = [((B, T, N, H), jnp.bfloat16), ((B, N, T), jnp.float32), ((4 + 4 * B * N * R,), jnp.int32)]
 results = [jax.ShapeDtypeStruct(*result) for result in results]
 query, key = jnp.zeros((B, T, N, H), jnp.bfloat16), jnp.zeros((B, S, N, H), jnp.bfloat16)
 work_order = jnp.zeros((B, N, R, 2), jnp.int32)
