@@ -1,7 +1,6 @@
 """Workers, gate, rounds and bundles of the GPU benchmark, with `jax.nn` and `xla` on the CPU as contestants."""
 
 import dataclasses
-import time
 import types
 
 import jax.numpy as jnp
@@ -13,8 +12,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import contest, inputs, protocol, run
 from benchmarks.gpu.cases import GpuCase
 from benchmarks.gpu.client import PeerAbsentError, Worker, WorkerError, WorkerLostError
-from benchmarks.peers import bundle, fgattn, jax_side
-from benchmarks.peers.base import time_calls
+from benchmarks.peers import base, bundle, fgattn, jax_side
 from fgattn_jax import masks as public_masks
 from fgattn_jax.evaluation import tables
 
@@ -32,21 +30,21 @@ SMALL = GpuCase(
 FAST = contest.Settings(rounds=2, batch_ms=1.0, prepare_s=60, step_s=20, device_calls=1)
 
 
-def test_batches_are_timed_without_what_a_batch_costs_once():
-    calls = []
+def test_batches_are_timed_without_what_a_batch_costs_once(monkeypatch):
+    calls, now = [], [0.0]
+    monkeypatch.setattr(base.time, "perf_counter", lambda: now[0])
 
     def sync():
-        time.sleep(0.02 + 0.002 * len(calls))
+        now[0] += 0.02 + 0.002 * len(calls)
         calls.clear()
 
-    ms, number = time_calls(lambda: calls.append(1), sync, target_ms=100)
-    assert number >= 3
-    assert ms == pytest.approx(2.0, rel=0.3)
+    ms, number = base.time_calls(lambda: calls.append(1), sync, target_ms=100)
+    assert number == 5  # of 22 ms the first, of 2 ms each one more: the first says how many fill 100 ms
+    assert ms == pytest.approx(2.0)
 
 
 # Peers that misbehave, each in its own way; `make_peer` stands in a module that the test writes.
 _PEER = """
-import time
 import numpy as np
 from benchmarks.peers.base import AbstractPeer, Fetched, Program
 {imports}
