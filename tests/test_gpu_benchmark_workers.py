@@ -45,6 +45,7 @@ def test_batches_are_timed_without_what_a_batch_costs_once(monkeypatch):
 
 # Peers that misbehave, each in its own way; `make_peer` stands in a module that the test writes.
 _PEER = """
+import time
 import numpy as np
 from benchmarks.peers.base import AbstractPeer, Fetched, Program
 {imports}
@@ -190,9 +191,9 @@ class TestContest:
         hangs = "self.calls = getattr(self, 'calls', 0) + 1; time.sleep(600 if self.calls > 1 else 0)"
         workers = good_workers | {"odd": odd_worker(call=hangs)}
         monkeypatch.setattr(contest, "check", lambda *_: None)  # it would be wrong, too
-        odd, cudnn = contest.run_case(case, files, workers, dataclasses.replace(FAST, step_s=5))
+        odd, cudnn = contest.run_case(case, files, workers, dataclasses.replace(FAST, step_s=10))
         assert odd.status == "failed"
-        assert "no answer to 'time' in 5 s" in str(odd.note)
+        assert "no answer to 'time' in 10 s" in str(odd.note)
         assert cudnn.status == "timed"
         row = contest.rows_of(case, files, [odd])[0]
         assert row["ms"] is None
