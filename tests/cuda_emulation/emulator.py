@@ -4,6 +4,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,16 +25,38 @@ def translate(source: str) -> str:
     return re.sub(shared, r"\1* \2 = reinterpret_cast<\1*>(::emulation::dynamic_shared());", source)
 
 
-def build(folder: Path, kernels: Path = KERNELS, flags: Sequence[str] = ()) -> Path:
-    """Compiles the kernels of `kernels` in `folder`. Returns the library; raises with the compiler's words."""
+def changed(source: str, changes: Sequence[tuple[str, str]]) -> str:
+    """`source` with each first text, which must stand there once, replaced by the second."""
+    for old, new in changes:
+        if source.count(old) != 1:
+            raise ValueError(f"expected once in the kernels' source, found {source.count(old)} times: {old!r}")
+        source = source.replace(old, new)
+    return source
+
+
+def build(folder: Path, changes: Mapping[str, Sequence[tuple[str, str]]] | None = None) -> Path:
+    """Compiles the kernels in `folder`.
+
+    Args:
+        folder: An empty folder.
+        changes: By file name, what to replace in the kernels' sources (`changed`).
+
+    Returns:
+        The library.
+
+    Raises:
+        ValueError: If a text to replace does not stand in the sources exactly once.
+        RuntimeError: If g++ is missing or refuses, with its words.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         raise RuntimeError(
             "the CUDA kernels' emulation needs g++ (Debian, Ubuntu: apt-get install g++); none was found"
         )
-    for path in kernels.iterdir():
+    changes = changes or {}
+    for path in KERNELS.iterdir():
         if path.suffix in {".h", ".cuh", ".cu"} and path.name not in REPLACED:
-            (folder / path.name).write_text(translate(path.read_text()))
+            (folder / path.name).write_text(translate(changed(path.read_text(), changes.get(path.name, ()))))
     for name in REPLACED:
         shutil.copy(HERE / name, folder / name)
     library = folder / "libemulation.so"
@@ -42,11 +65,34 @@ def build(folder: Path, kernels: Path = KERNELS, flags: Sequence[str] = ()) -> P
         sources.append((folder / kernel).with_suffix(".cc"))
         sources[-1].write_text(f'#include "{kernel}"\n')
     command = [compiler, "-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fPIC"]
-    command += ["-shared", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused", *flags]
+    command += ["-shared", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused"]
     command += [f"-I{folder}", f"-I{HERE / 'include'}", f"-I{HERE}", *map(str, sources), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return library
+
+
+def build_once(folder: Path, *, timeout: float = 240.0) -> Path:
+    """`build` in `folder` by the first process that asks; others wait for the library at most `timeout` seconds."""
+    library, words = folder / "emulation.so", folder / "refused.txt"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        limit = time.monotonic() + timeout
+        while not library.exists():
+            if words.exists():
+                raise RuntimeError(words.read_text()) from None
+            if time.monotonic() > limit:
+                raise RuntimeError(f"no library in {folder} within timeout={timeout:g} s: see its builder") from None
+            time.sleep(0.2)
+        return library
+    try:
+        build(folder).rename(library)  # at once: nobody loads half of it
+    except Exception as error:
+        (folder / "words").write_text(str(error))
+        (folder / "words").rename(words)
+        raise
     return library
 
 

@@ -17,7 +17,8 @@
 namespace emulation {
 
 constexpr uint32_t kUnknown = 0xFFFFFFFFu;     // a clock that nobody knows yet
-constexpr uint32_t kPoison = 0x7FC0DEADu;      // what registers of a product hold while it runs: a NaN
+constexpr uint32_t kPoison = 0x7F80DEADu;      // what registers of a product hold while it runs: a signalling NaN,
+                                               // which every operation turns into another one
 constexpr uint32_t kFirstShared = 1024;        // address of the dynamic shared memory: not 0, as on the device
 constexpr int kGranule = 16;                   // bytes of a copy: what is tracked as one
 
