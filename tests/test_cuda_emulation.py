@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cuda_cases import ALL_VARIANTS, edge_counts, rows_with_counts
 from cuda_emulation import emulator as emulation
-from cuda_emulation.calls import Call, assert_right, from_case, random_arrays, random_call, run
+from cuda_emulation.calls import Call, assert_right, from_case, make_call, random_arrays, random_call, random_rows, run
 
 by_block = pytest.mark.parametrize("query_block", [64, 128])
 by_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -20,23 +20,6 @@ def emulator(tmp_path_factory) -> emulation.Emulator:
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     return emulation.Emulator(emulation.build_once(shared / "cuda_emulation"))
-
-
-def make_call(rows, query_block, *, seed=0, missing=0, **sizes) -> Call:
-    """One head with `rows` `[R, S]`; the last row lacks `missing` queries."""
-    rng = np.random.default_rng(seed)
-    num_rows, num_keys = rows.shape
-    arrays = random_arrays(rng, num_queries=num_rows * query_block - missing, num_keys=num_keys, **sizes)
-    return Call(*arrays, rows[None, None], query_block, scale=arrays[0].shape[-1] ** -0.5)
-
-
-def random_rows(num_rows, num_keys, density, *, overlap=0.0, seed=0):
-    """Boolean `[R, S]`; of its neighbour's keys, an odd row has the share `overlap`, besides some of its own."""
-    rng = np.random.default_rng(seed)
-    rows = rng.random((num_rows, num_keys)) < density
-    same = rng.random((num_rows, num_keys)) < overlap
-    rows[1::2] = np.where(same[1::2], rows[: num_rows - 1 : 2], rows[1::2])
-    return rows
 
 
 def with_query_order(call: Call, seed: int = 0) -> Call:
@@ -126,6 +109,23 @@ def test_pairs_that_run_as_one_and_rows_that_run_alone_in_one_call(emulator, mis
         result = run(emulator, call, seed=seed, num_sms=1 + seed)
         assert_right(call, result)
         assert 0 < result.rows_left < 16
+
+
+def test_pairs_of_many_tiles(emulator):
+    """More than there are places for their kept bits, which the decoder fills far ahead of a consumer that is late."""
+    call = make_call(random_rows(6, 2400, 0.7, overlap=0.8), 64)
+    for seed in range(6):
+        assert_right(call, run(emulator, call, seed=seed, num_sms=1 + seed % 2))
+
+
+def test_a_row_of_a_pair_that_keeps_nothing_of_the_first_tile(emulator):
+    """It begins from scores of -inf, without a NaN that would send it to the kernel for single rows."""
+    rows = random_rows(4, 900, 0.7, overlap=0.95)
+    rows[1, :300] = rows[2, :300] = False
+    call = make_call(rows, 64)
+    result = run(emulator, call)
+    assert_right(call, result)
+    assert result.rows_left == 0
 
 
 @by_poison

@@ -81,6 +81,23 @@ def random_arrays(
     return normal(num_queries, num_heads), normal(num_keys, num_kv_heads), normal(num_keys, num_kv_heads)
 
 
+def make_call(rows: np.ndarray, query_block: int, *, seed: int = 0, missing: int = 0, **sizes: Any) -> Call:
+    """One head with `rows` `[R, S]`; the last row lacks `missing` queries."""
+    rng = np.random.default_rng(seed)
+    num_rows, num_keys = rows.shape
+    arrays = random_arrays(rng, num_queries=num_rows * query_block - missing, num_keys=num_keys, **sizes)
+    return Call(*arrays, rows[None, None], query_block, scale=arrays[0].shape[-1] ** -0.5)
+
+
+def random_rows(num_rows: int, num_keys: int, density: float, *, overlap: float = 0.0, seed: int = 0) -> np.ndarray:
+    """Boolean `[R, S]`; of its neighbour's keys, an odd row has the share `overlap`, besides some of its own."""
+    rng = np.random.default_rng(seed)
+    rows = rng.random((num_rows, num_keys)) < density
+    same = rng.random((num_rows, num_keys)) < overlap
+    rows[1::2] = np.where(same[1::2], rows[: num_rows - 1 : 2], rows[1::2])
+    return rows
+
+
 def run(emulator: Emulator, call: Call, *, strict: bool = True, **changes: Any) -> Forward:
     """Runs a call. `strict`: keys that no row keeps must not be read. `changes`: other arguments, or options."""
     facts = {"bits": call.bits, "query_order": call.order, "work_order": call.work_order, "scale": call.scale}

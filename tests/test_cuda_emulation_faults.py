@@ -1,0 +1,136 @@
+"""Faults put into a copy of the CUDA kernel, each of which the emulation must notice (docs/notes/cuda_emulation.md)."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from cuda_emulation.calls import assert_right, make_call, random_rows, run
+from cuda_emulation.emulator import EmulationError, Emulator, build
+
+pytestmark = pytest.mark.slow
+
+KERNEL, CONFIG, LAUNCH = "attention_kernel.cuh", "config.cuh", "attention.cu"
+# bfloat16 and heads of 64 alone: a third of the time to compile.
+NARROW = [
+    ("launch_widths<__nv_bfloat16>(args", "launch_forms<__nv_bfloat16, 64>(args"),
+    ("launch_widths<__half>(args, num_sms, stream);", "cudaErrorEmulation;"),
+]
+WRONG = None  # the fault breaks no rule: a result differs from the oracle's
+
+# Name: file, what stands there, what the copy has instead, and the emulation's words.
+FAULTS = {
+    "values are overwritten while products read them": (
+        KERNEL,
+        "        ptx::barrier_wait(barriers.value_empty + 8 * stage.slot, stage.phase ^ 1);\n",
+        "",
+        r"overwrites shared address \d+, which a product of warp \d+ reads, without knowing that it is over",
+    ),
+    "keys are let go before the wait for their product": (
+        KERNEL,
+        "        wgmma_wait<1>();\n        release(barriers.key_empty + 8 * stage.slot);\n",
+        "        release(barriers.key_empty + 8 * stage.slot);\n        wgmma_wait<1>();\n",
+        r"overwrites shared address \d+, which a product of warp \d+ reads, without knowing that it is over",
+    ),
+    "a stage is full before its copies have landed": (
+        KERNEL,
+        "ptx::copy_async_arrive(barriers.tile_full + 8 * stage.slot);",
+        "ptx::barrier_arrive(barriers.tile_full + 8 * stage.slot);",
+        r"a product reads shared address \d+ (while a copy to it is on its way|without knowing that thread)",
+    ),
+    "no proxy fence between copies and products": (
+        KERNEL,
+        "    ptx::fence_async_proxy();",
+        "",
+        "a product without fence.proxy.async since the wait for copies",
+    ),
+    "the first wait has the wrong parity": (
+        KERNEL,
+        "ptx::barrier_wait(barriers.key_empty + 8 * stage.slot, stage.phase ^ 1);",
+        "ptx::barrier_wait(barriers.key_empty + 8 * stage.slot, stage.phase);",
+        r"deadlock: block \d cannot go on",
+    ),
+    "weights are packed while the last product reads them": (
+        KERNEL,
+        "        wgmma_wait<0>();\n        release(barriers.value_empty",
+        "        pack_weights();\n        wgmma_wait<0>();\n        release(barriers.value_empty",
+        "the A operand's registers were written while the product runs",
+    ),
+    "outputs are rescaled while a product adds to them": (
+        KERNEL,
+        "        wgmma_wait<0>();\n        release(barriers.value_empty",
+        "        output[0] *= 0.5f;\n        wgmma_wait<0>();\n        release(barriers.value_empty",
+        "an accumulator was written while a product runs",
+    ),
+    "a turn is given to 128 threads": (
+        KERNEL,
+        "ptx::named_barrier_arrive(2 - consumer, 256);",
+        "ptx::named_barrier_arrive(2 - consumer, 128);",
+        "named barrier 2 of 128 threads and of 256",
+    ),
+    "lane 0 lets an item go before other lanes have looked": (
+        KERNEL,
+        "(&shared.items[stage.slot]));\n  __syncwarp();\n",
+        "(&shared.items[stage.slot]));\n",
+        r"deadlock: block \d cannot go on",
+    ),
+    "lane 0 announces a list before other lanes have filled it up": (
+        "decode.cuh",
+        "list[i] = key;\n      __syncwarp();\n",
+        "list[i] = key;\n",
+        "reads what no row keeps",
+    ),
+    "more registers than there are": (
+        CONFIG,
+        "kPaired ? 216 : 224",
+        "kPaired ? 216 : 240",
+        "registers that others have to give",
+    ),
+    "lists are not zeroed, and a work order asks for too many keys": (
+        KERNEL,
+        "lists[i] = 0;",
+        "(void)lists;",
+        "outside of every array",
+    ),
+    "one place too few for kept bits": (CONFIG, "kKeyLists + kStages + 2 : 1", "kKeyLists + kStages - 1 : 1", WRONG),
+    "one column of padding too few": (KERNEL, "column < padding", "column < padding - 1", WRONG),
+    "the second row of a pair is lost": (
+        KERNEL,
+        "if (work.row + 1 < args.num_rows) params.workspace.leave(work.head * args.num_rows + work.row + 1);",
+        "",
+        WRONG,
+    ),
+}
+
+
+def run_calls(emulator: Emulator) -> None:
+    """Calls in which every fault above shows itself."""
+    for query_block in (128, 64):
+        rows = np.concatenate(
+            [random_rows(6, 900, 0.6, overlap=0.8), random_rows(8, 900, 0.02), random_rows(2, 900, 0.5)]
+        )
+        rows[:, :50] = False
+        call = make_call(rows, query_block, missing=9)
+        for seed in range(6):
+            assert_right(call, run(emulator, call, seed=seed, num_sms=1 + seed % 2))
+        rising = dataclasses.replace(call, query=np.ones_like(call.query))
+        rising.key[:] = np.linspace(-8, 8, 900)[None, :, None, None].astype(call.key.dtype)
+        assert_right(rising, run(emulator, rising), loose=2e-3)
+    many_tiles = make_call(random_rows(6, 2400, 0.7, overlap=0.8), 64)
+    for seed in range(12):
+        assert_right(many_tiles, run(emulator, many_tiles, seed=seed, num_sms=1 + seed % 2))
+    few = make_call(random_rows(1, 300, 0.01), 128)
+    run(emulator, few, strict=False, work_order=np.array([[[[0, 300]]]], np.int32))
+
+
+def test_no_fault(tmp_path):
+    run_calls(Emulator(build(tmp_path, {LAUNCH: NARROW})))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_is_noticed(tmp_path, name):
+    file, right, wrong, words = FAULTS[name]
+    emulator = Emulator(build(tmp_path, {LAUNCH: NARROW, file: [(right, wrong)]}))
+    with pytest.raises(AssertionError if words is WRONG else EmulationError) as noticed:
+        run_calls(emulator)
+    assert words is WRONG or re.search(words, str(noticed.value))
