@@ -10,7 +10,7 @@ from cuda_emulation.emulator import EmulationError, Emulator, build
 
 pytestmark = pytest.mark.slow
 
-KERNEL, CONFIG, LAUNCH = "attention_kernel.cuh", "config.cuh", "attention.cu"
+KERNEL, PIPELINE, CONFIG, LAUNCH = "attention_kernel.cuh", "pipeline.cuh", "config.cuh", "attention.cu"
 # bfloat16 and heads of 64 alone: a third of the time to compile.
 NARROW = [
     ("launch_widths<__nv_bfloat16>(args", "launch_forms<__nv_bfloat16, 64>(args"),
@@ -69,7 +69,7 @@ FAULTS = {
         "named barrier 2 of 128 threads and of 256",
     ),
     "lane 0 lets an item go before other lanes have looked": (
-        KERNEL,
+        PIPELINE,
         "(&shared.items[stage.slot]));\n  __syncwarp();\n",
         "(&shared.items[stage.slot]));\n",
         r"deadlock: block \d cannot go on",

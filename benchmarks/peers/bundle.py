@@ -3,8 +3,8 @@
     python -m benchmarks.peers.bundle fetch DIR              wheels of all peers, unpacked into DIR/<peer>
     python -m benchmarks.peers.bundle build-flashinfer DIR   its kernels into DIR/flashinfer; needs torch (any build),
                                                              nvcc 13 and g++, but no GPU
-    python -m benchmarks.peers.bundle pack DIR OUT           OUT/<peer>.tar.xz, without what the benchmark does not use
-    python -m benchmarks.peers.bundle unpack OUT DIR         there: folders for `python -m benchmarks.gpu --peers DIR`
+    python -m benchmarks.peers.bundle pack DIR ARCHIVES      a <peer>.tar.xz each, without what no run uses
+    python -m benchmarks.peers.bundle unpack ARCHIVES DIR    there: folders for `python -m benchmarks.gpu --peers DIR`
 
 Every peer keeps a folder of its own: FlashInfer and FA4 bring the same package in versions of their own.
 """
