@@ -128,6 +128,17 @@ void barrier_wait(uint32_t address, uint32_t parity, Site site) {
   }
 }
 
+bool barrier_test(uint32_t address, uint32_t parity, Site site) {
+  maybe_yield();
+  Cta& c = *cta;
+  if (parity > 1) fail(site, "parity %u", parity);
+  Barrier& b = barrier_at(c, address, site);
+  if ((b.phases & 1) == parity) return false;
+  join(c.clock(thread), b.completed.data(), c.threads);
+  fiber().see_async |= b.copies_before;
+  return true;
+}
+
 void copy_async_16(uint32_t shared, const void* global, Site site) {
   maybe_yield();
   Cta& c = *cta;

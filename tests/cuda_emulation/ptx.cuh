@@ -15,18 +15,28 @@ inline void barrier_init_fence() {}
 inline void barrier_wait(uint32_t barrier, uint32_t parity, EMULATION_SITE) {
   emulation::barrier_wait(barrier, parity, site);
 }
+inline bool barrier_test(uint32_t barrier, uint32_t parity, EMULATION_SITE) {
+  return emulation::barrier_test(barrier, parity, site);
+}
 inline void barrier_arrive(uint32_t barrier, EMULATION_SITE) { emulation::barrier_arrive(barrier, site); }
 
 template <int kLineBytes>
 inline void copy_async_16(uint32_t shared, const void* global, EMULATION_SITE) {
   emulation::copy_async_16(shared, global, site);
 }
+inline void store_shared_zeros_16(uint32_t shared, EMULATION_SITE) {
+  std::memset(const_cast<char*>(emulation::shared_pointer(shared, 16, site)), 0, 16);
+}
+inline void fence_shared_stores() {}
 inline void copy_async_arrive(uint32_t barrier, EMULATION_SITE) { emulation::copy_async_arrive(barrier, site); }
 inline void fence_async_proxy() { emulation::fence_async_proxy(); }
 
 inline void named_barrier_sync(int id, int threads, EMULATION_SITE) { emulation::named_barrier(id, threads, true, site); }
 inline void named_barrier_arrive(int id, int threads, EMULATION_SITE) {
   emulation::named_barrier(id, threads, false, site);
+}
+inline bool named_barrier_any(int id, int threads, bool condition, EMULATION_SITE) {
+  return emulation::named_barrier(id, threads, true, site, condition);
 }
 
 template <int kRegisters>
@@ -55,6 +65,8 @@ template <>
 inline uint32_t pack<__half>(float low, float high) {
   return emulation::float_as_half(low) | uint32_t{emulation::float_as_half(high)} << 16;
 }
+
+inline uint32_t highest_bit(uint32_t x) { return x == 0 ? 0xFFFFFFFFu : 31 - __builtin_clz(x); }
 
 inline const char* opaque(const char* pointer) { return pointer; }
 

@@ -104,6 +104,7 @@ struct Barrier {
 struct NamedBarrier {
   int expected = 0, arrived = 0;
   uint32_t generation = 0;
+  bool gathering = false, any[2] = {};  // of the generation under way / of even and odd ones that are over
   Clock clock;
   std::vector<int> waiters;
   std::vector<bool> here;

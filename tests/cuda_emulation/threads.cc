@@ -307,7 +307,7 @@ const uint32_t* collective(Collective kind, uint32_t mask, uint32_t value, Site 
   return w.values[generation & 1];
 }
 
-void named_barrier(int id, int threads, bool wait, Site site) {
+bool named_barrier(int id, int threads, bool wait, Site site, bool condition) {
   maybe_yield();
   Cta& c = *cta;
   if (id < 0 || id > 15) fail(site, "named barrier %d: there are 16", id);
@@ -318,6 +318,8 @@ void named_barrier(int id, int threads, bool wait, Site site) {
   if (b.expected != threads) fail(site, "named barrier %d of %d threads and of %d", id, threads, b.expected);
   if (b.here[thread]) fail(site, "named barrier %d: a thread comes twice before the others came once", id);
   b.here[thread] = true;
+  b.gathering |= condition;
+  const uint32_t generation = b.generation;
   join(b.clock.data(), c.clock(thread), c.threads);
   ++c.clock(thread)[thread];
   if (++b.arrived == b.expected) {
@@ -328,12 +330,14 @@ void named_barrier(int id, int threads, bool wait, Site site) {
     b.arrived = 0;
     std::fill(b.clock.begin(), b.clock.end(), 0);
     std::fill(b.here.begin(), b.here.end(), false);
+    b.any[generation & 1] = b.gathering;
+    b.gathering = false;
     ++b.generation;
   } else if (wait) {
-    const uint32_t generation = b.generation;
     b.waiters.push_back(thread);
     while (b.generation == generation) block(id == 0 ? "__syncthreads" : "named barrier", site, b.arrived, threads);
   }
+  return b.any[generation & 1];
 }
 
 void set_registers(int registers, bool take, Site site) {

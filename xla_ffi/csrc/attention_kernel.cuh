@@ -1,30 +1,28 @@
 // Forward attention over a slice mask on Hopper: the gather-load kernel (FG-Attn, arXiv 2509.16518, section 4).
 //
-//   work counter, work order, mask bits          K, V                        Q (through query_order)
-//          |                                      |                           |
-//     [decode] 1 warp --key lists--> [gather] 2 warps --tiles--> [consume] 1-2 warpgroups --> O, LSE
-//          |                                                     ^  64 queries each
-//          +--items (head, row, count), read by all roles        |
-//                                    [load_queries] 1 warp --Q---+
+//   work counter, work order, mask bits          K, V, and Q (through query_order)
+//          |                                      |
+//     [decode] 1-4 warps --key lists--> [gather] 2-4 warps --tiles, Q--> [consume] 1-2 warpgroups --> O, LSE
+//          |                                                             ^  64 queries each
+//          +--items (head, row, count), read by all roles----------------+
 //
 // The grid is persistent: a block takes rows from one counter until none is left. All roles walk through the same
 // items. A row of n keys has t = ceil(n / kTileKeys) tiles and t + 1 stages; stage j holds the keys of tile j and the
 // values of tile j - 1, which is what step j of the consumers reads: S(j) = Q K(j)^T is issued together with O +=
-// P(j-1) V(j-1), and the softmax of S(j) runs while the tensor cores finish that and serve the other consumer, with
-// which it takes turns.
+// P(j-1) V(j-1), and the softmax of S(j) runs while the tensor cores finish that and serve the other consumer.
 //
 // barrier        arrivals                       who waits, for what
-// item_full      1 decoder                      all other roles: the next item stands in its place
-// item_empty     1 a warp of those roles        decoder: everybody has read the item that stood there
-// list_full      1 decoder                      gather: the key numbers of a tile are written
-// list_empty     1 a gather warp                decoder: its keys' and values' copies have been started
+// item_full      1 first decoder                all other warps: the next item stands in its place
+// item_empty     1 a warp of those              first decoder: everybody has read the item that stood there
+// list_full      1 a decoder                    gather: the key numbers of a tile are written
+// list_empty     1 a gather warp                decoders: its keys' and values' copies have been started
 // tile_full      1 a gather thread, when its    consumers: a stage has landed
 //                copies have landed
-// key_empty      1 a consumer warp              gather: S has been computed from the keys
-// value_empty    1 a consumer warp              gather: O has been computed from the values
-// query_full     1 a lane of the query loader   consumers: Q has landed
-// query_empty    1 a consumer warp              query loader: the row's last S has been computed
-// named 1, 2     128 + 128                      consumer 0, 1: the other one has issued its products
+// tile_empty     1 a consumer warp              gather: S has been computed from the keys, O from the values
+// query_full     1 a gather thread, when its    consumers: Q has landed
+//                copies have landed
+// query_empty    1 a consumer warp              gather: the row's last S has been computed
+// named 1, 2     128                            consumer 0, 1: is there a warp with too high a score?
 //
 // The caller guarantees the shapes of launch.h. Whatever stands in mask, work order and query order, nothing is read or
 // written out of bounds: rows, counts and queries are clamped, and bits past the last key are cleared.
@@ -53,20 +51,28 @@ __device__ __forceinline__ MaskRows mask_rows(const AttentionArgs& args, int hea
   return {first, first + args.num_words, args.num_words, has_second ? args.num_words : 0, args.num_keys};
 }
 
-// One warp: takes work from the counter, announces it, and turns its bits into key lists.
+// The first warp takes work from the counter and announces it; all turn its bits into key lists.
 template <class C>
 __device__ __forceinline__ void decode(SharedMemory<C>& shared, const Barriers<C>& barriers, const KernelParams& params,
-                                       int lane) {
+                                       int worker, int lane) {
   const AttentionArgs& args = params.args;
   KeyRing<C::kTileKeys, C::kKeyLists> ring{barriers.list_full, barriers.list_empty, &shared.lists[0][0]};
   KeptRing kept{&shared.kept[0][0][0], C::kKeptTiles};
   Stage<C::kItems> stage;
+  while (worker > 0) {
+    const WorkItem work = next_item(shared, barriers, stage, lane);
+    if (work.row == WorkItem::kNoMore) return;
+    if (work.count == 0) continue;
+    const MaskRows rows = mask_rows<C>(args, work.head, work.row);
+    decode_rows<C::kPaired, C::kDecodeWarps>(ring, kept, rows, work.count, worker, lane);
+  }
   const int num_items =
       params.only_left ? min(*params.workspace.num_left, params.workspace.most_left) : params.schedule.size();
+  auto take = [&] { return lane == 0 ? atomicAdd(params.workspace.next_item, 1) : 0; };
+  int next = take();
   while (true) {
-    int item = 0;
-    if (lane == 0) item = atomicAdd(params.workspace.next_item, 1);
-    item = __shfl_sync(kAllLanes, item, 0);
+    const int item = __shfl_sync(kAllLanes, next, 0);
+    if (item < num_items) next = take();  // on its way while this one is decoded
     WorkItem work{0, WorkItem::kNoMore, 0, 0};
     if (item < num_items) {
       if (params.only_left) {
@@ -97,21 +103,17 @@ __device__ __forceinline__ void decode(SharedMemory<C>& shared, const Barriers<C
         }
       }
     }
-    ptx::barrier_wait(barriers.item_empty + 8 * stage.slot, stage.phase ^ 1);
+    ptx::barrier_wait(barriers.item_empty + 8 * stage.slot(), stage.phase() ^ 1);
     __syncwarp();  // else the place could be filled, read and let go again before the last lane has looked
     if (lane == 0) {
-      shared.items[stage.slot] = work;
-      ptx::barrier_arrive(barriers.item_full + 8 * stage.slot);
+      shared.items[stage.slot()] = work;
+      ptx::barrier_arrive(barriers.item_full + 8 * stage.slot());
     }
     stage.advance();
     if (work.row == WorkItem::kNoMore) return;
     if (work.count == 0) continue;
     const MaskRows rows = mask_rows<C>(args, work.head, work.row);
-    if (work.count < args.num_keys / 16) {
-      decode_rows<C::kPaired ? 2 : 4, C::kPaired>(ring, kept, rows, work.count, lane);
-    } else {
-      decode_rows<1, C::kPaired>(ring, kept, rows, work.count, lane);
-    }
+    decode_rows<C::kPaired, C::kDecodeWarps>(ring, kept, rows, work.count, 0, lane);
   }
 }
 
@@ -135,41 +137,32 @@ __device__ __forceinline__ int query_token(const AttentionArgs& args, int head, 
                (head - batch * args.num_heads) * args.query_order_strides.head + position);
 }
 
-// One warp: gathers the queries of every row through `query_order`, once the consumers are done with the last row's.
+// Starts the copies of a row's queries, through `query_order`.
 template <class C>
-__device__ __forceinline__ void load_queries(SharedMemory<C>& shared, const Barriers<C>& barriers,
-                                             const KernelParams& params, int lane) {
-  const AttentionArgs& args = params.args;
-  const int line = lane / 8, chunk = lane % 8;
-  const uint32_t query = ptx::shared_address(shared.query);
-  Stage<C::kItems> stage;
-  uint32_t phase = 0;
-  while (true) {
-    const WorkItem work = next_item(shared, barriers, stage, lane);
-    if (work.row == WorkItem::kNoMore) return;
-    if (work.count == 0) continue;
-    const char* head =
-        static_cast<const char*>(args.query) + 2 * query_offset(args, args.query_strides, work.head) + chunk * 16;
-    ptx::barrier_wait(barriers.query_empty, phase ^ 1);
-    phase ^= 1;
-#pragma unroll 4
-    for (int i = line; i < C::kQueries; i += 4) {
-      const int token = query_token(args, work.head, work.row * C::kQueryBlock + i);
-      const int inside = min(max(token, 0), args.num_queries - 1);
-      const char* source = head + 2 * inside * args.query_strides.token;
-      const uint32_t target = query + i * kPanelLineBytes + ((chunk ^ (i % 8)) * 16);
+__device__ __forceinline__ void load_queries(SharedMemory<C>& shared, const AttentionArgs& args, const WorkItem& work,
+                                             int thread) {
+  const int line = thread / 8, chunk = thread % 8;
+  const char* head =
+      static_cast<const char*>(args.query) + 2 * query_offset(args, args.query_strides, work.head) + chunk * 16;
+  const uint32_t query = ptx::shared_address(shared.query) + ((chunk ^ (line % 8)) * 16);
+  constexpr int kLinesPerPass = C::kGatherThreads / 8;
+  static_assert(kLinesPerPass % 8 == 0);
+#pragma unroll 2
+  for (int i = line; i < C::kQueries; i += kLinesPerPass) {
+    const int token = query_token(args, work.head, work.row * C::kQueryBlock + i);
+    const int inside = min(max(token, 0), args.num_queries - 1);
+    const char* source = head + 2 * inside * args.query_strides.token;
 #pragma unroll
-      for (int panel = 0; panel < C::kHeadDim / kPanelColumns; ++panel) {
-        ptx::copy_async_16<2 * C::kHeadDim>(target + panel * C::kQueries * kPanelLineBytes,
-                                            source + panel * kPanelLineBytes);
-      }
+    for (int panel = 0; panel < C::kHeadDim / kPanelColumns; ++panel) {
+      ptx::copy_async_16<2 * C::kHeadDim>(query + (panel * C::kQueries + i) * kPanelLineBytes,
+                                          source + panel * kPanelLineBytes);
     }
-    ptx::copy_async_arrive(barriers.query_full);
   }
 }
 
-// Some warps: key lists -> tiles. Stage j of a row holds the keys of tile j and the values of tile j - 1: what the
-// consumers' step j reads.
+// Some warps: key lists -> tiles, and the queries of every row. Stage j of a row holds the keys of tile j and the
+// values of tile j - 1: what the consumers' step j reads. The queries' place is free once the row before has no more
+// scores to compute: to wait for that must not keep back the first two stages.
 template <class C>
 __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C>& barriers, const KernelParams& params,
                                        int thread) {
@@ -182,37 +175,62 @@ __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C
   const uint32_t tiles = ptx::shared_address(shared.tiles);
   Stage<C::kItems> item_stage;
   Stage<C::kStages> stage;
+  uint32_t query_phase = 0;
   while (true) {
     const WorkItem work = next_item(shared, barriers, item_stage, lane);
     if (work.row == WorkItem::kNoMore) return;
     if (work.count == 0) continue;
     const char* key = static_cast<const char*>(args.key) + 2 * key_offset(args, args.key_strides, work.head);
     const char* value = static_cast<const char*>(args.value) + 2 * key_offset(args, args.value_strides, work.head);
-    const int last = num_tiles<C>(work.count);
+    const int last = num_tiles<C>(work.count), padding = last * C::kTileKeys - work.count;
     auto behind = ring;  // values follow one tile behind the keys
 #pragma unroll 1
     for (int step = 0; step <= last; ++step) {
-      const uint32_t here = tiles + stage.slot * 2 * C::kTileBytes;
+      const uint32_t here = tiles + stage.slot() * 2 * C::kTileBytes;
+      ptx::barrier_wait(barriers.tile_empty + 8 * stage.slot(), stage.phase() ^ 1);
       if (step < last) {
         ring.wait_full();
-        ptx::barrier_wait(barriers.key_empty + 8 * stage.slot, stage.phase ^ 1);
         tile.start(ptx::shared_address(ring.list()), key, key_bytes, here);
         ring.advance();
       }
       if (step > 0) {
-        ptx::barrier_wait(barriers.value_empty + 8 * stage.slot, stage.phase ^ 1);
-        tile.start(ptx::shared_address(behind.list()), value, value_bytes, here + C::kTileBytes);
+        const uint32_t list = ptx::shared_address(behind.list()), there = here + C::kTileBytes;
+        if (step == 1 && padding > 0) {
+          tile.start_behind(padding, list, value, value_bytes, there);  // weight 0 times an infinite value would be NaN
+        } else {
+          tile.start(list, value, value_bytes, there);
+        }
         __syncwarp();
         if (lane == 0) behind.arrive_empty();
         behind.advance();
       }
-      ptx::copy_async_arrive(barriers.tile_full + 8 * stage.slot);
+      ptx::copy_async_arrive(barriers.tile_full + 8 * stage.slot());
       stage.advance();
+      if (step == 1) {
+        ptx::barrier_wait(barriers.query_empty, query_phase ^ 1);
+        query_phase ^= 1;
+        load_queries(shared, args, work, thread);
+        ptx::copy_async_arrive(barriers.query_full);
+      }
     }
   }
 }
 
-// One warpgroup of 64 queries: scores, softmax, output. Two of them take turns at the tensor cores.
+// Lane i of every four gets the i-th number of each of them, in their order.
+__device__ __forceinline__ void transpose_in_quads(uint32_t (&x)[4], int lane) {
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & distance) continue;
+      const uint32_t theirs = __shfl_xor_sync(kAllLanes, upper ? x[i] : x[i + distance], distance);
+      (upper ? x[i] : x[i + distance]) = theirs;
+    }
+  }
+}
+
+// One warpgroup of 64 queries: scores, softmax, output.
 template <class C>
 __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<C>& barriers,
                                         const KernelParams& params, int consumer, int thread) {
@@ -223,7 +241,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
   const Descriptor queries(ptx::uniform(ptx::shared_address(shared.query) + consumer * 64 * kPanelLineBytes), 16);
   const uint32_t tiles = ptx::shared_address(shared.tiles);
   const float scale_log2 = fmaxf(args.scale * 1.4426950408889634f, 1e-30f);  // 0 times a skipped -inf would be NaN
-  OnlineSoftmax<kScores> softmax(scale_log2);
+  OnlineSoftmax<Element, kScores> softmax(scale_log2);
   Stage<C::kItems> item_stage;
   Stage<C::kStages> stage;
   uint32_t query_phase = 0;
@@ -232,15 +250,26 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
   float scores[kScores], output[kOutputs];
   uint32_t weights[kScores / 2];
 
-  // Waits for the stage's tiles and returns where they are.
+  // Whether the stage that is read next had landed when looked at. Looking early, while products run, takes the latency
+  // of the look out of the way from one product to the next. The fence: cp.async wrote the tiles through the generic
+  // proxy, wgmma reads through the async one.
+  bool landed = false;
+  auto look_ahead = [&] {
+    landed = ptx::barrier_test(barriers.tile_full + 8 * stage.slot(), stage.phase());
+    ptx::fence_async_proxy();
+  };
   auto wait_tiles = [&] {
-    ptx::barrier_wait(barriers.tile_full + 8 * stage.slot, stage.phase);
-    ptx::fence_async_proxy();  // cp.async wrote the tile through the generic proxy, wgmma reads through the async one
-    return ptx::uniform(tiles + stage.slot * 2 * C::kTileBytes);
+    const uint32_t here = ptx::uniform(tiles + stage.slot() * 2 * C::kTileBytes);
+    if (!landed) {
+      ptx::barrier_wait(barriers.tile_full + 8 * stage.slot(), stage.phase());
+      ptx::fence_async_proxy();
+    }
+    return here;
   };
   auto release = [&](uint32_t barrier) {
     if (lane == 0) ptx::barrier_arrive(barrier);
   };
+  auto release_tiles = [&](int slot) { release(barriers.tile_empty + 8 * slot); };
   auto query_by_key = [&](uint32_t tile) {
     const Descriptor keys(tile, 16);
     wgmma_fence();
@@ -273,14 +302,13 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
         if ((mine >> (i / 4 % 4 * 8 + j) & 1) == 0) scores[i + j] = scores[i + 2 + j] = -INFINITY;
       }
     }
-    if (++kept_slot == C::kKeptTiles) kept_slot = 0;
   };
   auto pack_weights = [&] {
+    if (C::kPaired && ++kept_slot == C::kKeptTiles) kept_slot = 0;  // the tile is done with
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) weights[i] = ptx::pack<Element>(scores[2 * i], scores[2 * i + 1]);
   };
 
-  if (C::kConsumers == 2 && consumer == 1) ptx::named_barrier_arrive(1, 256);  // the first one begins
   while (true) {
     const WorkItem work = next_item(shared, barriers, item_stage, lane);
     if (work.row == WorkItem::kNoMore) return;
@@ -289,13 +317,14 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
       const int padding = tiles_of_row * C::kTileKeys - work.count;
       ptx::barrier_wait(barriers.query_full, query_phase);
       query_phase ^= 1;
+      look_ahead();
       query_by_key(wait_tiles());
 #pragma unroll
       for (int i = 0; i < kOutputs; ++i) output[i] = 0;
       wgmma_wait<0>();
-      release(barriers.key_empty + 8 * stage.slot);
-      release(barriers.value_empty + 8 * stage.slot);
+      release_tiles(stage.slot());
       stage.advance();
+      look_ahead();
       if (tiles_of_row == 1) release(barriers.query_empty);
       if constexpr (C::kPaired) {
         skip_other_row();
@@ -311,32 +340,35 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
 #pragma unroll 1
       for (int left = tiles_of_row - 1; left > 0; --left) {
         const uint32_t here = wait_tiles();
-        if (C::kConsumers == 2) ptx::named_barrier_sync(1 + consumer, 256);
+        const int slot = stage.slot();
+        stage.advance();
         query_by_key(here);
         weights_by_value(here);
-        if (C::kConsumers == 2) ptx::named_barrier_arrive(2 - consumer, 256);
+        look_ahead();
         wgmma_wait<1>();
-        release(barriers.key_empty + 8 * stage.slot);
-        if (left == 1) release(barriers.query_empty);
         if constexpr (C::kPaired) skip_other_row();
-        float rescale[2];
-        const bool moved = softmax.next(scores, rescale);
+        const bool again = ptx::named_barrier_any(1 + consumer, 128, !softmax.next(scores));
         wgmma_wait<0>();
-        release(barriers.value_empty + 8 * stage.slot);
-        stage.advance();
-        pack_weights();
-        if (moved) {
+        if (again) {
+          query_by_key(here);
+          wgmma_wait<0>();
+          if constexpr (C::kPaired) skip_other_row();
+          float rescale[2];
+          softmax.raise(scores, rescale);
 #pragma unroll
           for (int i = 0; i < kOutputs; i += 4) {
             output[i] *= rescale[0], output[i + 1] *= rescale[0];
             output[i + 2] *= rescale[1], output[i + 3] *= rescale[1];
           }
         }
+        release_tiles(slot);
+        if (left == 1) release(barriers.query_empty);
+        softmax.add_tile();
+        pack_weights();
       }
       weights_by_value(wait_tiles());
       wgmma_wait<0>();
-      release(barriers.key_empty + 8 * stage.slot);
-      release(barriers.value_empty + 8 * stage.slot);
+      release_tiles(stage.slot());
       stage.advance();
     }
     bool finite = true;
@@ -344,20 +376,26 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
     for (int r = 0; r < 2; ++r) {
       const int position = work.row * C::kQueryBlock + consumer * 64 + thread / kWarp * 16 + lane / 4 + 8 * r;
       const int token = query_token(args, work.head, position);
+      const bool mine =
+          position < args.num_queries && static_cast<uint32_t>(token) < static_cast<uint32_t>(args.num_queries);
       const float total = tiles_of_row > 0 ? quad_sum(softmax.sum[r]) : 0.0f;
       const bool empty = total == 0;  // also a row of a pair none of whose keys is its own
       const float inverse = empty ? 0.0f : 1.0f / total;
-      if (position >= args.num_queries || static_cast<uint32_t>(token) >= static_cast<uint32_t>(args.num_queries))
-        continue;
-      char* line = static_cast<char*>(args.output) +
+      char* line = static_cast<char*>(args.output) + lane % 4 * 16 +
                    2 * (query_offset(args, args.output_strides, work.head) + token * args.output_strides.token);
 #pragma unroll
-      for (int i = 2 * r; i < kOutputs; i += 4) {
-        if constexpr (C::kPaired) finite = finite && isfinite(output[i] + output[i + 1]);
-        const uint32_t pair = empty ? 0 : ptx::pack<Element>(output[i] * inverse, output[i + 1] * inverse);
-        *reinterpret_cast<uint32_t*>(line + 2 * (i / 4 * 8 + lane % 4 * 2)) = pair;
+      for (int i = 2 * r; i < kOutputs; i += 16) {  // 32 columns, of which a thread has four pairs
+        uint32_t pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float low = output[i + 4 * j], high = output[i + 4 * j + 1];
+          if constexpr (C::kPaired) finite = finite && (!mine || isfinite(low + high));
+          pairs[j] = empty ? 0 : ptx::pack<Element>(low * inverse, high * inverse);
+        }
+        transpose_in_quads(pairs, lane);
+        if (mine) *reinterpret_cast<uint4*>(line + 4 * (i - 2 * r)) = {pairs[0], pairs[1], pairs[2], pairs[3]};
       }
-      if (lane % 4 == 0) {
+      if (mine && lane % 4 == 0) {
         const float lse = empty ? -INFINITY : softmax.reference[r] * args.scale + logf(total);
         args.lse[static_cast<int64_t>(work.head) * args.num_queries + token] = lse;
       }
@@ -380,24 +418,25 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   SharedMemory<C>& shared = *reinterpret_cast<SharedMemory<C>*>(raw);
   const Barriers<C> barriers(shared);
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);
   const int thread = threadIdx.x % 128, lane = threadIdx.x % kWarp;
   if (threadIdx.x == 0) barriers.init();
   int* lists = reinterpret_cast<int*>(shared.lists);
   for (int i = threadIdx.x; i < C::kKeyLists * C::kTileKeys; i += C::kThreads) lists[i] = 0;
   __syncthreads();
-  if (warpgroup == 0) {
-    ptx::give_registers<C::kProducerRegisters>();
-    const int warp = thread / kWarp;
-    if (warp == 0) {
-      decode<C>(shared, barriers, params, lane);
-    } else if (warp == 1) {
-      load_queries<C>(shared, barriers, params, lane);
-    } else {
+  if (warpgroup >= C::kProducers) {
+    ptx::take_registers<C::kConsumerRegisters>();
+    consume<C>(shared, barriers, params, warpgroup - C::kProducers, thread);
+  } else if (C::kGatherApart && warpgroup == 1) {
+    ptx::give_registers<C::kGatherRegisters>();
+    gather<C>(shared, barriers, params, thread);
+  } else {
+    ptx::give_registers<C::kDecodeRegisters>();
+    if (warp < C::kDecodeWarps) {
+      decode<C>(shared, barriers, params, warp, lane);
+    } else if (!C::kGatherApart && warp >= C::kFirstGatherWarp) {
       gather<C>(shared, barriers, params, thread - C::kFirstGatherWarp * kWarp);
     }
-  } else {
-    ptx::take_registers<C::kConsumerRegisters>();
-    consume<C>(shared, barriers, params, warpgroup - 1, thread);
   }
 }
 

@@ -36,6 +36,20 @@ class Gather {
   // Starts the copies of this thread's lines into `tile`. `list`: key numbers of the tile, in shared memory. `head`:
   // key 0 of the head in global memory. `token_bytes`: from one key's line to the next there.
   __device__ __forceinline__ void start(uint32_t list, const char* head, uint32_t token_bytes, uint32_t tile) const {
+    start<false>(list, head, token_bytes, tile, 0);
+  }
+
+  // The same with zeros in the first `empty` lines.
+  __device__ __forceinline__ void start_behind(int empty, uint32_t list, const char* head, uint32_t token_bytes,
+                                               uint32_t tile) const {
+    start<true>(list, head, token_bytes, tile, empty);
+    ptx::fence_shared_stores();
+  }
+
+ private:
+  template <bool kSomeEmpty>
+  __device__ __forceinline__ void start(uint32_t list, const char* head, uint32_t token_bytes, uint32_t tile,
+                                        int empty) const {
     const char* mine = ptx::opaque(head + chunk_ * 16);
     const uint32_t to = tile + place_, keys = list + line_ * 4;
 #pragma unroll
@@ -48,14 +62,17 @@ class Gather {
         const char* line = mine + static_cast<uint64_t>(key[i]) * token_bytes;
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
-          ptx::copy_async_16<2 * kHeadDim>(to + (panel * kTileKeys + (batch + i) * kLinesPerPass) * kPanelLineBytes,
-                                           line + panel * kPanelLineBytes);
+          const uint32_t place = to + (panel * kTileKeys + (batch + i) * kLinesPerPass) * kPanelLineBytes;
+          if (kSomeEmpty && line_ + (batch + i) * kLinesPerPass < empty) {
+            ptx::store_shared_zeros_16(place);
+          } else {
+            ptx::copy_async_16<2 * kHeadDim>(place, line + panel * kPanelLineBytes);
+          }
         }
       }
     }
   }
 
- private:
   int line_, chunk_;
   uint32_t place_;
 };

@@ -4,7 +4,7 @@ The instruction takes every accumulator register as an operand of its own, which
 Run after a change here:  python xla_ffi/csrc/make_wgmma.py > xla_ffi/csrc/wgmma.cuh
 """
 
-WIDTHS = (64, 128)
+WIDTHS = (64, 128, 144)
 DTYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
 
 HEAD = """\

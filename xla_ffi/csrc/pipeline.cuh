@@ -11,8 +11,8 @@
 namespace fgattn {
 
 // The order of work: heads in sequence, so that K and V of a head stay in L2, and most keys first inside a head. The
-// shortest quarter of every head comes last, all heads together, to fill what the long rows leave idle. With few rows
-// an SM, all of it is done in that second way.
+// shortest rows of every head come last, all heads together, to fill what the long rows leave idle. With few rows an
+// SM, all of it is done in that second way.
 struct Schedule {
   int num_heads;  // batch * heads
   int num_rows;
@@ -51,25 +51,14 @@ struct KernelParams {
   bool only_left;  // kRow64 after kPair64: take rows from the workspace
 };
 
-// A ring of stages whose barriers lie 8 bytes apart: where a role stands in it.
-template <int kDepth>
-struct Stage {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kDepth) slot = 0, phase ^= 1;
-  }
-};
-
 template <class C>
 struct Barriers {
-  uint32_t query_full, query_empty, tile_full, key_empty, value_empty, list_full, list_empty, item_full, item_empty;
+  uint32_t query_full, query_empty, tile_full, tile_empty, list_full, list_empty, item_full, item_empty;
   __device__ __forceinline__ explicit Barriers(const SharedMemory<C>& shared)
       : query_full(ptx::shared_address(&shared.query_full)),
         query_empty(ptx::shared_address(&shared.query_empty)),
         tile_full(ptx::shared_address(shared.tile_full)),
-        key_empty(ptx::shared_address(shared.key_empty)),
-        value_empty(ptx::shared_address(shared.value_empty)),
+        tile_empty(ptx::shared_address(shared.tile_empty)),
         list_full(ptx::shared_address(shared.list_full)),
         list_empty(ptx::shared_address(shared.list_empty)),
         item_full(ptx::shared_address(shared.item_full)),
@@ -77,33 +66,32 @@ struct Barriers {
 
   __device__ __forceinline__ void init() const {
     constexpr int kConsumerWarps = 4 * C::kConsumers;
-    ptx::barrier_init(query_full, 32);
+    ptx::barrier_init(query_full, C::kGatherThreads);
     ptx::barrier_init(query_empty, kConsumerWarps);
     for (int i = 0; i < C::kStages; ++i) {
       ptx::barrier_init(tile_full + 8 * i, C::kGatherThreads);
-      ptx::barrier_init(key_empty + 8 * i, kConsumerWarps);
-      ptx::barrier_init(value_empty + 8 * i, kConsumerWarps);
+      ptx::barrier_init(tile_empty + 8 * i, kConsumerWarps);
     }
     for (int i = 0; i < C::kKeyLists; ++i) {
-      ptx::barrier_init(list_full + 8 * i, 1);
+      ptx::barrier_init(list_full + 8 * i, C::kDecodeWarps);
       ptx::barrier_init(list_empty + 8 * i, C::kGatherThreads / kWarp);
     }
     for (int i = 0; i < C::kItems; ++i) {
       ptx::barrier_init(item_full + 8 * i, 1);
-      ptx::barrier_init(item_empty + 8 * i, 1 + C::kGatherThreads / kWarp + kConsumerWarps);
+      ptx::barrier_init(item_empty + 8 * i, C::kDecodeWarps - 1 + C::kGatherThreads / kWarp + kConsumerWarps);
     }
     ptx::barrier_init_fence();
   }
 };
 
-// What every role but the decoder does first: read the next item and let go of its place.
+// What every warp but the first decoder does first: read the next item and let go of its place.
 template <class C>
 __device__ __forceinline__ WorkItem next_item(const SharedMemory<C>& shared, const Barriers<C>& barriers,
                                               Stage<C::kItems>& stage, int lane) {
-  ptx::barrier_wait(barriers.item_full + 8 * stage.slot, stage.phase);
-  const int4 raw = ptx::load_shared_int4(ptx::shared_address(&shared.items[stage.slot]));
+  ptx::barrier_wait(barriers.item_full + 8 * stage.slot(), stage.phase());
+  const int4 raw = ptx::load_shared_int4(ptx::shared_address(&shared.items[stage.slot()]));
   __syncwarp();
-  if (lane == 0) ptx::barrier_arrive(barriers.item_empty + 8 * stage.slot);
+  if (lane == 0) ptx::barrier_arrive(barriers.item_empty + 8 * stage.slot());
   stage.advance();
   return WorkItem{raw.x, raw.y, raw.z, 0};
 }

@@ -27,11 +27,26 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
       "@!done bra again;\n"
       "}\n" ::"r"(barrier),
-      "r"(parity)
+      "r"(parity), "r"(10000000)  // ns that the hardware may let the thread sleep: with less it looks again and again
       : "memory");
+}
+
+// Whether the phase has ended; does not wait.
+__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
 }
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
@@ -47,6 +62,16 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
   } else {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
   }
+}
+
+__device__ __forceinline__ void store_shared_zeros_16(uint32_t shared) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(shared), "r"(0) : "memory");
+}
+
+// What this thread stored in shared memory goes before its later arrivals, those of copies too, and can be read by
+// wgmma: an arrival of copies waits for copies alone.
+__device__ __forceinline__ void fence_shared_stores() {
+  asm volatile("fence.acq_rel.cta;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Arrives when all earlier copies of this thread have landed. `noinc`: counts as one of the barrier's own arrivals.
@@ -66,6 +91,22 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Whether a condition holds in any of the threads that meet here.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool condition) {
+  uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred p, q;\n"
+      "setp.ne.u32 p, %3, 0;\n"
+      "barrier.cta.red.or.pred q, %1, %2, p;\n"
+      "selp.u32 %0, 1, 0, q;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<uint32_t>(condition))
+      : "memory");
+  return any != 0;
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -80,6 +121,13 @@ __device__ __forceinline__ float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// Number of the highest bit that is set; any number if none is.
+__device__ __forceinline__ uint32_t highest_bit(uint32_t x) {
+  uint32_t bit;
+  asm("bfind.u32 %0, %1;" : "=r"(bit) : "r"(x));
+  return bit;
 }
 
 // Two float32 numbers -> a pair of 16 bits, the first in the low half.

@@ -1,18 +1,24 @@
 // Online softmax of the two query rows that one thread holds of a 64-row accumulator, four threads a row.
 //
-// Scores are kept as powers of two: p = 2^(s * scale_log2 - m * scale_log2). The reference m is only moved when a score
-// exceeds it by more than kSlack powers of two: sums and outputs stay below 2^kSlack times what the true maximum
-// would give, far from overflow, at the same relative precision, and most tiles need no reduction over threads and no
-// rescaling of the output.
+// Scores become powers of two: p = 2^(s * scale_log2 - m * scale_log2). The reference m of a row is the maximum of its
+// first tile. Any other reference gives the same output, since numerator and denominator carry the same factor, as long
+// as weights and sums stay finite: later tiles are not searched for their maximum at all. What a thread's weights of a
+// tile sum up to shows afterwards, for nothing, whether a score stood too far above the reference; then the tile is
+// computed once more with a reference raised to its maximum.
 #pragma once
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
 #include "ptx.cuh"
 
 namespace fgattn {
 
-constexpr float kSlack = 8.0f;
-constexpr float kLn2 = 0.6931471805599453f;
+// The most that a weight may be: float16 ends at 65504; bfloat16 leaves room for sums and outputs in float32.
+template <class Element>
+constexpr float kMostWeight = 0x1p32f;
+template <>
+constexpr float kMostWeight<__half> = 0x1p15f;
 
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
@@ -25,16 +31,50 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 // kScores: scores of one thread per tile. Rows alternate in pairs: s[4c], s[4c+1] row 0; s[4c+2], s[4c+3] row 1.
-template <int kScores>
+template <class Element, int kScores>
 struct OnlineSoftmax {
   float scale_log2;
-  float slack;         // kSlack in units of unscaled scores
   float lowest;        // the reference of a row that has seen no score above -inf
   float reference[2];  // the same in the four threads of a row
   float sum[2];        // of this thread's columns
 
   __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2_)
-      : scale_log2(scale_log2_), slack(kSlack / scale_log2_), lowest(-3.0e38f / fmaxf(scale_log2_, 1.0f)) {}
+      : scale_log2(scale_log2_), lowest(-3.0e38f / fmaxf(scale_log2_, 1.0f)) {}
+
+  // Scores of the row's first tile -> weights, in place.
+  __device__ __forceinline__ void first(float (&s)[kScores]) {
+    float top[2];
+    row_max(s, top);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) reference[r] = fmaxf(top[r], lowest);  // -inf - -inf would be NaN
+    weigh(s, sum);
+  }
+
+  // Scores of a later tile -> weights, in place. Returns whether they are good: if not, give the scores to `raise`.
+  __device__ __forceinline__ bool next(float (&s)[kScores]) {
+    weigh(s, tile_sum_);
+    return !(tile_sum_[0] > kMostWeight<Element> || tile_sum_[1] > kMostWeight<Element>);
+  }
+
+  // The tile's scores once more -> weights, in place. The output made so far has to be multiplied by `rescale`.
+  __device__ __forceinline__ void raise(float (&s)[kScores], float (&rescale)[2]) {
+    float top[2];
+    row_max(s, top);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float higher = fmaxf(reference[r], top[r]);
+      rescale[r] = ptx::exp2((reference[r] - higher) * scale_log2);
+      reference[r] = higher;
+      sum[r] *= rescale[r];
+    }
+    weigh(s, tile_sum_);
+  }
+
+  // After `next` or `raise`.
+  __device__ __forceinline__ void add_tile() { sum[0] += tile_sum_[0], sum[1] += tile_sum_[1]; }
+
+ private:
+  float tile_sum_[2];
 
   __device__ __forceinline__ static void row_max(const float (&s)[kScores], float (&top)[2]) {
     top[0] = fmaxf(s[0], s[1]), top[1] = fmaxf(s[2], s[3]);
@@ -43,47 +83,21 @@ struct OnlineSoftmax {
       top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1]));
       top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
     }
+    top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
   }
 
-  __device__ __forceinline__ void exponentials(float (&s)[kScores]) {
+  __device__ __forceinline__ void weigh(float (&s)[kScores], float (&total)[2]) {
     const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
+    total[0] = total[1] = 0;
 #pragma unroll
     for (int i = 0; i < kScores; i += 4) {
       s[i] = ptx::exp2(fmaf(s[i], scale_log2, -offset[0]));
       s[i + 1] = ptx::exp2(fmaf(s[i + 1], scale_log2, -offset[0]));
       s[i + 2] = ptx::exp2(fmaf(s[i + 2], scale_log2, -offset[1]));
       s[i + 3] = ptx::exp2(fmaf(s[i + 3], scale_log2, -offset[1]));
-      sum[0] += s[i] + s[i + 1];
-      sum[1] += s[i + 2] + s[i + 3];
+      total[0] += s[i] + s[i + 1];
+      total[1] += s[i + 2] + s[i + 3];
     }
-  }
-
-  // Scores of the row's first tile -> exponentials, in place.
-  __device__ __forceinline__ void first(float (&s)[kScores]) {
-    float top[2];
-    row_max(s, top);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) reference[r] = fmaxf(quad_max(top[r]), lowest), sum[r] = 0;  // -inf - -inf would be NaN
-    exponentials(s);
-  }
-
-  // Scores of a later tile -> exponentials. Returns, the same in the whole warp, whether the output made so far has to
-  // be multiplied by `rescale`.
-  __device__ __forceinline__ bool next(float (&s)[kScores], float (&rescale)[2]) {
-    float top[2];
-    row_max(s, top);
-    const bool moved = __any_sync(0xFFFFFFFFu, top[0] > reference[0] + slack || top[1] > reference[1] + slack);
-    if (moved) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float higher = fmaxf(reference[r], quad_max(top[r]));
-        rescale[r] = ptx::exp2((reference[r] - higher) * scale_log2);
-        reference[r] = higher;
-        sum[r] *= rescale[r];
-      }
-    }
-    exponentials(s);
-    return moved;
   }
 };
 

@@ -112,6 +112,12 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value, EMULATION_SITE) 
   for (int i = 0; i < 32; ++i) result |= all[i];
   return result;
 }
+inline int __reduce_max_sync(unsigned mask, int value, EMULATION_SITE) {
+  const uint32_t* all = emulation::collective(emulation::kReduce, mask, static_cast<uint32_t>(value), site);
+  int result = value;
+  for (int i = 0; i < 32; ++i) result = std::max(result, static_cast<int>(all[i]));
+  return result;
+}
 template <class T>
 inline T __reduce_add_sync(unsigned mask, T value, EMULATION_SITE) {
   const uint32_t* all = emulation::collective(emulation::kReduce, mask, static_cast<uint32_t>(value), site);

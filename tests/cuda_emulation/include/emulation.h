@@ -74,13 +74,15 @@ const char* shared_pointer(uint32_t address, uint32_t bytes, Site site);  // che
 enum Collective { kSyncWarp, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kVote, kReduce, kWait, kRegisters };
 // Waits for all lanes of the warp; what each brought.
 const uint32_t* collective(Collective kind, uint32_t mask, uint32_t value, Site site);
-void named_barrier(int id, int threads, bool wait, Site site);
+// Returns whether the condition held in any thread, to those that waited.
+bool named_barrier(int id, int threads, bool wait, Site site, bool condition = false);
 void set_registers(int registers, bool take, Site site);
 
 // Barriers in shared memory
 void barrier_init(uint32_t barrier, int count, Site site);
 void barrier_arrive(uint32_t barrier, Site site);
 void barrier_wait(uint32_t barrier, uint32_t parity, Site site);
+bool barrier_test(uint32_t barrier, uint32_t parity, Site site);
 
 // Copies
 void copy_async_16(uint32_t shared, const void* global, Site site);
