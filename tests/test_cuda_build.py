@@ -189,11 +189,11 @@ def test_warpgroups_share_out_no_more_registers_than_the_block_has(
             }
             for kind in ("DEALLOC", "TRY_ALLOC")
         )
-        assert len(less) == len(more) == 1, (name, less, more)
+        assert 1 <= len(less) <= 2 and len(more) == 1, (name, less, more)
         used = int(re.search(r"Used (\d+) registers", compiled[name])[1])
         warpgroups = max_threads[name] // 128
-        # One warpgroup produces, the others consume. More than there is, and the launch hangs.
-        assert less.pop() + (warpgroups - 1) * more.pop() <= warpgroups * used, name
+        # One or two warpgroups produce, the others consume. More than there is, and the launch hangs.
+        assert sum(less) + (warpgroups - len(less)) * more.pop() <= warpgroups * used, name
 
 
 def test_attention_kernels_multiply_and_gather_as_meant(attention_kernels, machine_code):
