@@ -46,9 +46,8 @@ FAULTS = {
     ),
     "no proxy fence between copies and products": (
         KERNEL,
-        "    landed = ptx::barrier_test(barriers.tile_full + 8 * stage.slot(), stage.phase());\n"
-        "    ptx::fence_async_proxy();",
-        "    landed = ptx::barrier_test(barriers.tile_full + 8 * stage.slot(), stage.phase());",
+        "stage.phase());\n    ptx::fence_async_proxy();\n  };\n  auto wait_tiles",
+        "stage.phase());\n  };\n  auto wait_tiles",
         "a product without fence.proxy.async since the wait for copies",
     ),
     "the first wait has the wrong parity": (
