@@ -157,8 +157,7 @@ void copy_async_16(uint32_t shared, const void* global, Site site) {
   const uint32_t* reads = c.reads.data() + static_cast<size_t>(&g - c.granules.data()) * c.warps.size();
   for (size_t w = 0; w < c.warps.size(); ++w) {
     if (reads[w] > mine[w * 32]) {
-      fail(site, "overwrites shared address %u, which a product of warp %zu reads, without knowing that it is over", shared,
-           w);
+      fail(site, "overwrites shared address %u, which warp %zu reads, without knowing that it is over", shared, w);
     }
   }
   g.writer = thread;
@@ -179,6 +178,31 @@ void copy_async_arrive(uint32_t barrier, Site site) {
   c.copies[thread].push_back(Copy{barrier, nullptr, Clock(mine, mine + c.threads)});
   ++mine[thread];
   maybe_yield();
+}
+
+void check_landed(Cta& c, uint32_t address, const char* what, Site site) {
+  at_shared(c, address, 16, 16, site);
+  const Granule& g = granule_at(c, address);
+  if (g.in_flight) fail(site, "%s reads shared address %u while a copy to it is on its way", what, address);
+  if (g.writer < 0) return;
+  const auto& closed = c.segment_clocks[g.writer];
+  if (g.segment >= closed.size() || c.clock(thread)[g.writer] < closed[g.segment]) {
+    fail(site, "%s reads shared address %u without knowing that thread %d's copy to it is over", what, address, g.writer);
+  }
+}
+
+void load_matrices(uint32_t (&x)[4], uint32_t shared, Site site) {
+  uint32_t lines[32];
+  std::memcpy(lines, collective(kMatrices, 0xFFFFFFFFu, shared, site), sizeof(lines));
+  Cta& c = *cta;
+  const int warp = thread / 32, lane = thread % 32;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t line = lines[8 * i + lane / 4];
+    check_landed(c, line, "a load", site);
+    std::memcpy(&x[i], at_shared(c, line, 16, 16, site) + lane % 4 * 4, 4);
+    uint32_t& read = c.reads[(line - kFirstShared) / kGranule * c.warps.size() + warp];
+    read = std::max(read, c.clock(warp * 32)[warp * 32]);
+  }
 }
 
 void fence_async_proxy() { fiber().see_async = false; }

@@ -26,20 +26,15 @@ struct Operand {
 };
 
 template <class Visit>
-void visit_chunks(const Product& p, int warp, Visit visit) {  // (operand, line, first column, address)
-  if (!p.from_registers) {
-    const Operand a(p.a, p.site);
-    for (int line = 0; line < 16; ++line) {
-      for (int k = 0; k < 2; ++k) visit(0, line, 8 * k, a.chunk(warp % 4 * 16 + line, 0, k));
-    }
-    const Operand b(p.b, p.site);
+void visit_chunks(const Product& p, Visit visit) {  // (line, first column, address) of the B operand
+  const Operand b(p.b, p.site);
+  if (p.transposed) {
     for (int line = 0; line < p.columns; ++line) {
-      for (int k = 0; k < 2; ++k) visit(1, line, 8 * k, b.chunk(line, 0, k));
+      for (int k = 0; k < 2; ++k) visit(line, 8 * k, b.chunk(line, 0, k));
     }
   } else {
-    const Operand b(p.b, p.site);
     for (int line = 0; line < 16; ++line) {
-      for (int n = 0; n < p.columns; n += 8) visit(1, line, n, b.chunk(line, n / 64, n % 64 / 8));
+      for (int n = 0; n < p.columns; n += 8) visit(line, n, b.chunk(line, n / 64, n % 64 / 8));
     }
   }
 }
@@ -60,27 +55,22 @@ float as_float(uint32_t bits16, bool half, const float* table) {
 // Where thread and register of an accumulator stand: row 0..15, column.
 int place(int lane, int i, int columns) { return (lane / 4 + i / 2 % 2 * 8) * columns + i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
-void execute(Cta& c, int warp, Product& p) {
+void execute(Cta& c, Product& p) {
   const float* table = half_table();
   alignas(64) float a[16][16];  // [row][k]
   alignas(64) float b[16][256];  // [k][column]
-  visit_chunks(p, warp, [&](int operand, int line, int first, uint32_t address) {
+  visit_chunks(p, [&](int line, int first, uint32_t address) {
     uint16_t raw[8];
     std::memcpy(raw, at_shared(c, address, 16, 16, p.site), 16);
     for (int i = 0; i < 8; ++i) {
-      const float x = as_float(raw[i], p.half, table);
-      if (operand == 0) a[line][first + i] = x;
-      else if (p.from_registers) b[line][first + i] = x;
-      else b[first + i][line] = x;
+      (p.transposed ? b[first + i][line] : b[line][first + i]) = as_float(raw[i], p.half, table);
     }
   });
-  if (p.from_registers) {
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i % 2 * 8, column = i / 2 * 8 + lane % 4 * 2;
-        a[row][column] = as_float(p.fragment[lane][i] & 0xFFFF, p.half, table);
-        a[row][column + 1] = as_float(p.fragment[lane][i] >> 16, p.half, table);
-      }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i % 2 * 8, column = i / 2 * 8 + lane % 4 * 2;
+      a[row][column] = as_float(p.fragment[lane][i] & 0xFFFF, p.half, table);
+      a[row][column + 1] = as_float(p.fragment[lane][i] >> 16, p.half, table);
     }
   }
   float* sums = p.sums->sums.data();
@@ -121,30 +111,19 @@ Accumulator& find_accumulator(Warp& w, int lane, float* registers, int columns, 
 }  // namespace
 
 void reads_begin(Cta& c, int warp, const Product& p, Site site) {
-  const uint32_t* mine = c.clock(thread);
-  visit_chunks(p, warp, [&](int, int, int, uint32_t address) {
-    at_shared(c, address, 16, 16, site);
-    const size_t index = (address - kFirstShared) / kGranule;
-    const Granule& g = c.granules[index];
-    if (g.in_flight) fail(site, "a product reads shared address %u while a copy to it is on its way", address);
-    if (g.writer >= 0) {
-      const auto& closed = c.segment_clocks[g.writer];
-      if (g.segment >= closed.size() || mine[g.writer] < closed[g.segment]) {
-        fail(site, "a product reads shared address %u without knowing that thread %d's copy to it is over", address,
-             g.writer);
-      }
-    }
-    c.reads[index * c.warps.size() + warp] = kUnknown;
+  visit_chunks(p, [&](int, int, uint32_t address) {
+    check_landed(c, address, "a product", site);
+    c.reads[(address - kFirstShared) / kGranule * c.warps.size() + warp] = kUnknown;
   });
 }
 
 void reads_are_over(Cta& c, int warp, const Product& p, uint32_t clock) {
-  visit_chunks(p, warp, [&](int, int, int, uint32_t address) {
+  visit_chunks(p, [&](int, int, uint32_t address) {
     c.reads[(address - kFirstShared) / kGranule * c.warps.size() + warp] = clock;
   });
 }
 
-void product(float* sums, int columns, bool half, uint64_t a, const uint32_t* registers, uint64_t b, bool accumulate,
+void product(float* sums, int columns, bool half, const uint32_t* a, uint64_t b, bool transposed, bool accumulate,
              Site site) {
   maybe_yield();
   Cta& c = *cta;
@@ -159,18 +138,16 @@ void product(float* sums, int columns, bool half, uint64_t a, const uint32_t* re
     Accumulator& acc = find_accumulator(w, lane, sums, columns, site);
     w.products.emplace_back();
     Product& p = w.products.back();
-    p.a = a, p.b = b, p.accumulate = accumulate, p.from_registers = registers != nullptr, p.half = half;
+    p.b = b, p.accumulate = accumulate, p.transposed = transposed, p.half = half;
     p.columns = columns, p.sums = &acc, p.site = site;
     reads_begin(c, warp, p, site);
   }
   Product& p = w.products[number - w.first_product];
-  if (p.a != a || p.b != b || p.accumulate != accumulate || p.columns != columns || p.site.line != site.line) {
+  if (p.b != b || p.accumulate != accumulate || p.columns != columns || p.site.line != site.line) {
     fail(site, "lanes of a warp start different products");
   }
-  if (registers != nullptr) {
-    std::memcpy(p.fragment[lane], registers, 16);
-    p.registers[lane] = registers;
-  }
+  std::memcpy(p.fragment[lane], a, 16);
+  p.registers[lane] = a;
   Accumulator& acc = *p.sums;
   if (acc.loaded >> lane & 1) {
     if (acc.registers[lane] != sums) fail(site, "lanes of a warp use different accumulators");
@@ -215,7 +192,7 @@ void product_wait(int pending, Site site) {
   for (size_t i = w.first_product; i < end; ++i) {
     Product& p = w.products[i - w.first_product];
     if (p.retired >> lane & 1) continue;
-    if (p.from_registers && std::memcmp(p.fragment[lane], p.registers[lane], 16) != 0) {
+    if (std::memcmp(p.fragment[lane], p.registers[lane], 16) != 0) {
       fail(p.site, "the A operand's registers were written while the product runs");
     }
     if (p.retired == 0) reads_are_over(c, warp, p, c.clock(warp * 32)[warp * 32]);
@@ -249,7 +226,7 @@ void execute_some_product(Cta& c) {
   for (int i = 0; i < skip; ++i) left &= left - 1;
   const int warp = __builtin_ctz(left);
   Warp& w = c.warps[warp];
-  execute(c, warp, w.products[w.executed - w.first_product]);
+  execute(c, w.products[w.executed - w.first_product]);
   ++w.executed;
   update_product_warps(c, warp);
   wake_lanes(c, warp, w.product_waiters);

@@ -31,14 +31,6 @@ inline void fence_shared_stores() {}
 inline void copy_async_arrive(uint32_t barrier, EMULATION_SITE) { emulation::copy_async_arrive(barrier, site); }
 inline void fence_async_proxy() { emulation::fence_async_proxy(); }
 
-inline void named_barrier_sync(int id, int threads, EMULATION_SITE) { emulation::named_barrier(id, threads, true, site); }
-inline void named_barrier_arrive(int id, int threads, EMULATION_SITE) {
-  emulation::named_barrier(id, threads, false, site);
-}
-inline bool named_barrier_any(int id, int threads, bool condition, EMULATION_SITE) {
-  return emulation::named_barrier(id, threads, true, site, condition);
-}
-
 template <int kRegisters>
 inline void give_registers(EMULATION_SITE) {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
@@ -54,6 +46,9 @@ inline float exp2(float x) {
   const float y = exp2f(x);
   return y < 1.17549435e-38f ? 0.0f : y;  // ftz
 }
+
+inline float log2(float x) { return log2f(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 
 template <class Element>
 inline uint32_t pack(float low, float high);
@@ -79,6 +74,9 @@ inline int4 load_shared_int4(uint32_t shared, EMULATION_SITE) {
   int4 x;
   std::memcpy(&x, emulation::shared_pointer(shared, 16, site), 16);
   return x;
+}
+inline void load_matrices(uint32_t (&x)[4], uint32_t shared, EMULATION_SITE) {
+  emulation::load_matrices(x, shared, site);
 }
 inline uint32_t uniform(uint32_t x, EMULATION_SITE) { return __reduce_or_sync(0xFFFFFFFFu, x, site); }
 

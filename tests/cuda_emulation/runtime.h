@@ -62,8 +62,8 @@ struct Accumulator {
 };
 
 struct Product {
-  uint64_t a, b;
-  bool accumulate, from_registers, half;
+  uint64_t b;
+  bool accumulate, transposed, half;
   int columns;
   uint32_t arrived = 0, retired = 0;  // lanes
   uint32_t fragment[32][4];
@@ -101,13 +101,11 @@ struct Barrier {
   Site site;
 };
 
-struct NamedBarrier {
-  int expected = 0, arrived = 0;
+struct BlockBarrier {
+  int arrived = 0;
   uint32_t generation = 0;
-  bool gathering = false, any[2] = {};  // of the generation under way / of even and odd ones that are over
   Clock clock;
   std::vector<int> waiters;
-  std::vector<bool> here;
 };
 
 struct Copy {
@@ -134,11 +132,11 @@ struct Cta {
   int free_registers = 0;
   std::vector<int> register_waiters;
   std::unordered_map<uint32_t, Barrier> barriers;
-  NamedBarrier named[16];
+  BlockBarrier block_barrier;
   std::vector<uint32_t> clocks;                        // [threads, threads]
   std::vector<std::vector<uint32_t>> segment_clocks;   // of a thread's copies up to its next arrival
   std::vector<Granule> granules;
-  std::vector<uint32_t> reads;  // [granules, warps]: clock of the warp's first lane when its last product's read was over
+  std::vector<uint32_t> reads;  // [granules, warps]: clock of the warp's first lane when its last read was over
   std::vector<std::deque<Copy>> copies;  // of each thread
   std::vector<int> copying;              // threads that have some
   // how this stretch of the run is drawn
@@ -164,6 +162,7 @@ void arrive_at(Cta& c, uint32_t address, const uint32_t* clock, bool from_copy, 
 void land_some_copy(Cta& c);
 void execute_some_product(Cta& c);
 char* at_shared(Cta& c, uint32_t address, uint32_t bytes, uint32_t alignment, Site site);
+void check_landed(Cta& c, uint32_t address, const char* what, Site site);
 void reads_are_over(Cta& c, int warp, const Product& p, uint32_t clock);
 void reads_begin(Cta& c, int warp, const Product& p, Site site);
 std::string describe_waits(Cta& c);

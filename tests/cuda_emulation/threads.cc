@@ -307,37 +307,26 @@ const uint32_t* collective(Collective kind, uint32_t mask, uint32_t value, Site 
   return w.values[generation & 1];
 }
 
-bool named_barrier(int id, int threads, bool wait, Site site, bool condition) {
+void block_barrier(Site site) {
   maybe_yield();
   Cta& c = *cta;
-  if (id < 0 || id > 15) fail(site, "named barrier %d: there are 16", id);
-  if (threads <= 0 || threads % 32 != 0) fail(site, "named barrier of %d threads: no multiple of 32", threads);
-  NamedBarrier& b = c.named[id];
-  if (b.clock.empty()) b.clock.assign(c.threads, 0), b.here.assign(c.threads, false);
-  if (b.arrived == 0) b.expected = threads;
-  if (b.expected != threads) fail(site, "named barrier %d of %d threads and of %d", id, threads, b.expected);
-  if (b.here[thread]) fail(site, "named barrier %d: a thread comes twice before the others came once", id);
-  b.here[thread] = true;
-  b.gathering |= condition;
+  BlockBarrier& b = c.block_barrier;
+  if (b.clock.empty()) b.clock.assign(c.threads, 0);
   const uint32_t generation = b.generation;
   join(b.clock.data(), c.clock(thread), c.threads);
   ++c.clock(thread)[thread];
-  if (++b.arrived == b.expected) {
+  if (++b.arrived == c.threads) {
     const std::vector<int> waiters = std::move(b.waiters);
     b.waiters.clear();
     for (const int t : waiters) join(c.clock(t), b.clock.data(), c.threads), wake(c, t);
-    if (wait) join(c.clock(thread), b.clock.data(), c.threads);
+    join(c.clock(thread), b.clock.data(), c.threads);
     b.arrived = 0;
     std::fill(b.clock.begin(), b.clock.end(), 0);
-    std::fill(b.here.begin(), b.here.end(), false);
-    b.any[generation & 1] = b.gathering;
-    b.gathering = false;
     ++b.generation;
-  } else if (wait) {
+  } else {
     b.waiters.push_back(thread);
-    while (b.generation == generation) block(id == 0 ? "__syncthreads" : "named barrier", site, b.arrived, threads);
+    while (b.generation == generation) block("__syncthreads", site, b.arrived, c.threads);
   }
-  return b.any[generation & 1];
 }
 
 void set_registers(int registers, bool take, Site site) {

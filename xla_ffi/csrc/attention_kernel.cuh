@@ -4,12 +4,13 @@
 //          |                                      |
 //     [decode] 1-4 warps --key lists--> [gather] 2-4 warps --tiles, Q--> [consume] 1-2 warpgroups --> O, LSE
 //          |                                                             ^  64 queries each
-//          +--items (head, row, count), read by all roles----------------+
+//          +--items (batch, head, row, count), read by all roles---------+
 //
 // The grid is persistent: a block takes rows from one counter until none is left. All roles walk through the same
 // items. A row of n keys has t = ceil(n / kTileKeys) tiles and t + 1 stages; stage j holds the keys of tile j and the
-// values of tile j - 1, which is what step j of the consumers reads: S(j) = Q K(j)^T is issued together with O +=
-// P(j-1) V(j-1), and the softmax of S(j) runs while the tensor cores finish that and serve the other consumer.
+// values of tile j - 1, which is what step j of the consumers reads: they start S(j) = Q K(j)^T and O += P(j-1) V(j-1),
+// and make P(j) of S(j) while the tensor cores finish the second product and serve the other consumer. Q stands in
+// registers: what a product reads from shared memory, copies cannot use to write there.
 //
 // barrier        arrivals                       who waits, for what
 // item_full      1 first decoder                all other warps: the next item stands in its place
@@ -21,8 +22,8 @@
 // tile_empty     1 a consumer warp              gather: S has been computed from the keys, O from the values
 // query_full     1 a gather thread, when its    consumers: Q has landed
 //                copies have landed
-// query_empty    1 a consumer warp              gather: the row's last S has been computed
-// named 1, 2     128                            consumer 0, 1: is there a warp with too high a score?
+// query_empty    1 a consumer warp              gather: Q stands in registers
+// voted          1 a warp of a consumer         that consumer: is there a warp with too high a score?
 //
 // The caller guarantees the shapes of launch.h. Whatever stands in mask, work order and query order, nothing is read or
 // written out of bounds: rows, counts and queries are clamped, and bits past the last key are cleared.
@@ -42,99 +43,124 @@ namespace fgattn {
 
 // Rows of the mask that an item stands for; a pair may lack its second row.
 template <class C>
-__device__ __forceinline__ MaskRows mask_rows(const AttentionArgs& args, int head, int row) {
-  const int batch = head / args.num_heads;
-  const uint32_t* first = args.bits + batch * args.bits_strides.batch +
-                          (head - batch * args.num_heads) * args.bits_strides.head +
-                          static_cast<int64_t>(row) * args.num_words;
-  const bool has_second = C::kPaired && row + 1 < args.num_rows;
+__device__ __forceinline__ MaskRows mask_rows(const AttentionArgs& args, const WorkItem& work) {
+  const uint32_t* first = args.bits + work.batch * args.bits_strides.batch + work.head * args.bits_strides.head +
+                          static_cast<int64_t>(work.row) * args.num_words;
+  const bool has_second = C::kPaired && work.row + 1 < args.num_rows;
   return {first, first + args.num_words, args.num_words, has_second ? args.num_words : 0, args.num_keys};
 }
 
-// The first warp takes work from the counter and announces it; all turn its bits into key lists.
+// Takes items of work from the counter, in their order. By one warp of a block.
+template <class C>
+class ItemSource {
+ public:
+  __device__ __forceinline__ ItemSource(const KernelParams& params, int lane) : params_(params), lane_(lane) {
+    num_items_ =
+        params.only_left ? min(*params.workspace.num_left, params.workspace.most_left) : params.schedule.size();
+  }
+  __device__ __forceinline__ void begin() { next_ = take(); }
+
+  __device__ __forceinline__ WorkItem next() {
+    while (true) {
+      const int item = __shfl_sync(kAllLanes, next_, 0);
+      if (item >= num_items_) return {0, 0, WorkItem::kNoMore, 0};
+      next_ = take();  // on its way while this one is decoded
+      WorkItem work;
+      if (params_.only_left ? locate_left(item, work) : locate(item, work)) return work;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int take() const { return lane_ == 0 ? atomicAdd(params_.workspace.next_item, 1) : 0; }
+
+  // A row that pairs have left over.
+  __device__ __forceinline__ bool locate_left(int item, WorkItem& work) const {
+    const AttentionArgs& args = params_.args;
+    const int left = params_.workspace.left[item], head = left / args.num_rows;
+    work.batch = head / args.num_heads, work.head = head - work.batch * args.num_heads;
+    work.row = left - head * args.num_rows;
+    work.count = count_keys(mask_rows<C>(args, work), lane_).first;
+    return true;
+  }
+
+  // Returns whether this kernel does the item. Of a pair it takes the first row, and leaves pairs of rows that have few
+  // keys in common to kRow64.
+  __device__ __forceinline__ bool locate(int item, WorkItem& work) const {
+    const AttentionArgs& args = params_.args;
+    int head, rank;
+    params_.schedule.locate(item, head, rank);
+    work.batch = head / args.num_heads, work.head = head - work.batch * args.num_heads;
+    const int32_t* order =
+        args.work_order + work.batch * args.work_order_strides.batch + work.head * args.work_order_strides.head;
+    const int2 entry = __ldg(reinterpret_cast<const int2*>(order) + rank);
+    work.row = min(max(entry.x, 0), args.num_rows - 1);
+    work.count = min(max(entry.y, 0), args.num_keys);
+    if constexpr (C::kPaired) {
+      if (work.row % 2 != 0) return false;  // comes with the row before it
+      const RowCounts counts = count_keys(mask_rows<C>(args, work), lane_);
+      work.count = counts.either;
+      if (counts.either > C::kPairPays * (counts.first + counts.second)) {
+        if (lane_ == 0) {
+          params_.workspace.leave(head * args.num_rows + work.row);
+          if (work.row + 1 < args.num_rows) params_.workspace.leave(head * args.num_rows + work.row + 1);
+        }
+        return false;
+      }
+    }
+    return true;
+  }
+
+  const KernelParams& params_;
+  int lane_, num_items_, next_ = 0;
+};
+
+// Some warps: bits -> key lists. The first of them announces the items to all others.
 template <class C>
 __device__ __forceinline__ void decode(SharedMemory<C>& shared, const Barriers<C>& barriers, const KernelParams& params,
                                        int worker, int lane) {
-  const AttentionArgs& args = params.args;
-  KeyRing<C::kTileKeys, C::kKeyLists> ring{barriers.list_full, barriers.list_empty, &shared.lists[0][0]};
+  using Ring = KeyRing<C::kTileKeys, C::kKeyLists>;
+  Ring ring{barriers.list_full, barriers.list_empty, &shared.lists[0][0]};
   KeptRing kept{&shared.kept[0][0][0], C::kKeptTiles};
+  ItemSource<C> source(params, lane);
+  if (worker == 0) source.begin();
   Stage<C::kItems> stage;
-  while (worker > 0) {
-    const WorkItem work = next_item(shared, barriers, stage, lane);
-    if (work.row == WorkItem::kNoMore) return;
-    if (work.count == 0) continue;
-    const MaskRows rows = mask_rows<C>(args, work.head, work.row);
-    decode_rows<C::kPaired, C::kDecodeWarps>(ring, kept, rows, work.count, worker, lane);
-  }
-  const int num_items =
-      params.only_left ? min(*params.workspace.num_left, params.workspace.most_left) : params.schedule.size();
-  auto take = [&] { return lane == 0 ? atomicAdd(params.workspace.next_item, 1) : 0; };
-  int next = take();
   while (true) {
-    const int item = __shfl_sync(kAllLanes, next, 0);
-    if (item < num_items) next = take();  // on its way while this one is decoded
-    WorkItem work{0, WorkItem::kNoMore, 0, 0};
-    if (item < num_items) {
-      if (params.only_left) {
-        const int left = params.workspace.left[item];
-        work.head = left / args.num_rows, work.row = left - work.head * args.num_rows;
-        work.count = count_keys(mask_rows<C>(args, work.head, work.row), lane).first;
-      } else {
-        int rank;
-        params.schedule.locate(item, work.head, rank);
-        const int batch = work.head / args.num_heads;
-        const int2 entry =
-            __ldg(reinterpret_cast<const int2*>(args.work_order + batch * args.work_order_strides.batch +
-                                                (work.head - batch * args.num_heads) * args.work_order_strides.head) +
-                  rank);
-        work.row = min(max(entry.x, 0), args.num_rows - 1);
-        work.count = min(max(entry.y, 0), args.num_keys);
-        if constexpr (C::kPaired) {
-          if (work.row % 2 != 0) continue;  // comes with the row before it
-          const RowCounts counts = count_keys(mask_rows<C>(args, work.head, work.row), lane);
-          work.count = counts.either;
-          if (counts.either > C::kPairPays * (counts.first + counts.second)) {
-            if (lane == 0) {
-              params.workspace.leave(work.head * args.num_rows + work.row);
-              if (work.row + 1 < args.num_rows) params.workspace.leave(work.head * args.num_rows + work.row + 1);
-            }
-            continue;
-          }
-        }
+    WorkItem work;
+    if (worker == 0) {
+      work = source.next();
+      ptx::barrier_wait(barriers.item_empty + 8 * stage.slot(), stage.phase() ^ 1);
+      __syncwarp();  // else the place could be filled, read and let go again before the last lane has looked
+      if (lane == 0) {
+        shared.items[stage.slot()] = work;
+        ptx::barrier_arrive(barriers.item_full + 8 * stage.slot());
       }
+      stage.advance();
+    } else {
+      work = next_item(shared, barriers, stage, lane);
     }
-    ptx::barrier_wait(barriers.item_empty + 8 * stage.slot(), stage.phase() ^ 1);
-    __syncwarp();  // else the place could be filled, read and let go again before the last lane has looked
-    if (lane == 0) {
-      shared.items[stage.slot()] = work;
-      ptx::barrier_arrive(barriers.item_full + 8 * stage.slot());
-    }
-    stage.advance();
     if (work.row == WorkItem::kNoMore) return;
     if (work.count == 0) continue;
-    const MaskRows rows = mask_rows<C>(args, work.head, work.row);
-    decode_rows<C::kPaired, C::kDecodeWarps>(ring, kept, rows, work.count, 0, lane);
+    RowDecoder<C::kPaired, C::kDecodeWarps, Ring>(ring, kept, work.count, worker, lane)
+        .run(mask_rows<C>(params.args, work));
   }
 }
 
-// Where an array of a head begins. `head`: batch * heads + head of the query.
-__device__ __forceinline__ int64_t query_offset(const AttentionArgs& args, const TokenStrides& strides, int head) {
-  const int batch = head / args.num_heads;
-  return batch * strides.batch + (head - batch * args.num_heads) * strides.head;
+// Where an array of the item's head begins.
+__device__ __forceinline__ int64_t query_offset(const WorkItem& work, const TokenStrides& strides) {
+  return work.batch * strides.batch + work.head * strides.head;
 }
 
-__device__ __forceinline__ int64_t key_offset(const AttentionArgs& args, const TokenStrides& strides, int head) {
-  const int batch = head / args.num_heads, group = args.num_heads / args.num_kv_heads;
-  return batch * strides.batch + (head - batch * args.num_heads) / group * strides.head;
+__device__ __forceinline__ int64_t key_offset(const AttentionArgs& args, const WorkItem& work,
+                                              const TokenStrides& strides) {
+  return work.batch * strides.batch + work.head / (args.num_heads / args.num_kv_heads) * strides.head;
 }
 
 // The query that stands at a position; behind the last one, the last.
-__device__ __forceinline__ int query_token(const AttentionArgs& args, int head, int position) {
+__device__ __forceinline__ int query_token(const AttentionArgs& args, const WorkItem& work, int position) {
   position = min(position, args.num_queries - 1);
   if (args.query_order == nullptr) return position;
-  const int batch = head / args.num_heads;
-  return __ldg(args.query_order + batch * args.query_order_strides.batch +
-               (head - batch * args.num_heads) * args.query_order_strides.head + position);
+  return __ldg(args.query_order + work.batch * args.query_order_strides.batch +
+               work.head * args.query_order_strides.head + position);
 }
 
 // Starts the copies of a row's queries, through `query_order`.
@@ -142,14 +168,13 @@ template <class C>
 __device__ __forceinline__ void load_queries(SharedMemory<C>& shared, const AttentionArgs& args, const WorkItem& work,
                                              int thread) {
   const int line = thread / 8, chunk = thread % 8;
-  const char* head =
-      static_cast<const char*>(args.query) + 2 * query_offset(args, args.query_strides, work.head) + chunk * 16;
+  const char* head = static_cast<const char*>(args.query) + 2 * query_offset(work, args.query_strides) + chunk * 16;
   const uint32_t query = ptx::shared_address(shared.query) + ((chunk ^ (line % 8)) * 16);
   constexpr int kLinesPerPass = C::kGatherThreads / 8;
   static_assert(kLinesPerPass % 8 == 0);
 #pragma unroll 2
   for (int i = line; i < C::kQueries; i += kLinesPerPass) {
-    const int token = query_token(args, work.head, work.row * C::kQueryBlock + i);
+    const int token = query_token(args, work, work.row * C::kQueryBlock + i);
     const int inside = min(max(token, 0), args.num_queries - 1);
     const char* source = head + 2 * inside * args.query_strides.token;
 #pragma unroll
@@ -161,8 +186,7 @@ __device__ __forceinline__ void load_queries(SharedMemory<C>& shared, const Atte
 }
 
 // Some warps: key lists -> tiles, and the queries of every row. Stage j of a row holds the keys of tile j and the
-// values of tile j - 1: what the consumers' step j reads. The queries' place is free once the row before has no more
-// scores to compute: to wait for that must not keep back the first two stages.
+// values of tile j - 1: what the consumers' step j reads.
 template <class C>
 __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C>& barriers, const KernelParams& params,
                                        int thread) {
@@ -180,9 +204,13 @@ __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C
     const WorkItem work = next_item(shared, barriers, item_stage, lane);
     if (work.row == WorkItem::kNoMore) return;
     if (work.count == 0) continue;
-    const char* key = static_cast<const char*>(args.key) + 2 * key_offset(args, args.key_strides, work.head);
-    const char* value = static_cast<const char*>(args.value) + 2 * key_offset(args, args.value_strides, work.head);
+    const char* key = static_cast<const char*>(args.key) + 2 * key_offset(args, work, args.key_strides);
+    const char* value = static_cast<const char*>(args.value) + 2 * key_offset(args, work, args.value_strides);
     const int last = num_tiles<C>(work.count), padding = last * C::kTileKeys - work.count;
+    ptx::barrier_wait(barriers.query_empty, query_phase ^ 1);
+    query_phase ^= 1;
+    load_queries(shared, args, work, thread);
+    ptx::copy_async_arrive(barriers.query_full);
     auto behind = ring;  // values follow one tile behind the keys
 #pragma unroll 1
     for (int step = 0; step <= last; ++step) {
@@ -206,12 +234,6 @@ __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C
       }
       ptx::copy_async_arrive(barriers.tile_full + 8 * stage.slot());
       stage.advance();
-      if (step == 1) {
-        ptx::barrier_wait(barriers.query_empty, query_phase ^ 1);
-        query_phase ^= 1;
-        load_queries(shared, args, work, thread);
-        ptx::copy_async_arrive(barriers.query_full);
-      }
     }
   }
 }
@@ -238,17 +260,17 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
   constexpr int kScores = C::kTileKeys / 2, kOutputs = C::kHeadDim / 2;
   const AttentionArgs& args = params.args;
   const int lane = thread % kWarp;
-  const Descriptor queries(ptx::uniform(ptx::shared_address(shared.query) + consumer * 64 * kPanelLineBytes), 16);
   const uint32_t tiles = ptx::shared_address(shared.tiles);
-  const float scale_log2 = fmaxf(args.scale * 1.4426950408889634f, 1e-30f);  // 0 times a skipped -inf would be NaN
+  const float scale_log2 = fmaxf(args.scale * 1.4426950408889634f, 1e-20f);  // 0 times a skipped -inf would be NaN
   OnlineSoftmax<Element, kScores> softmax(scale_log2);
   Stage<C::kItems> item_stage;
   Stage<C::kStages> stage;
   uint32_t query_phase = 0;
+  uint32_t votes = 0;
   int kept_slot = 0;
 
   float scores[kScores], output[kOutputs];
-  uint32_t weights[kScores / 2];
+  uint32_t weights[kScores / 2], queries[C::kHeadDim / 16][4];
 
   // Whether the stage that is read next had landed when looked at. Looking early, while products run, takes the latency
   // of the look out of the way from one product to the next. The fence: cp.async wrote the tiles through the generic
@@ -270,13 +292,25 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
     if (lane == 0) ptx::barrier_arrive(barrier);
   };
   auto release_tiles = [&](int slot) { release(barriers.tile_empty + 8 * slot); };
+  // The A operand of all products with this row's keys: four registers for 16 columns.
+  auto read_queries = [&] {
+    const int line = consumer * 64 + thread / kWarp * 16 + lane % 16;
+    const uint32_t at = ptx::shared_address(shared.query) + line * kPanelLineBytes;
+#pragma unroll
+    for (int k = 0; k < C::kHeadDim / 16; ++k) {
+      const int chunk = k % 4 * 2 + lane / 16;
+      ptx::load_matrices(queries[k], at + k / 4 * C::kQueries * kPanelLineBytes + ((chunk ^ (line % 8)) * 16));
+    }
+    __syncwarp();
+  };
+  // S = Q K^T and O += P V, by the tensor cores, in the background until wgmma_wait.
   auto query_by_key = [&](uint32_t tile) {
     const Descriptor keys(tile, 16);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < C::kHeadDim / 16; ++k) {
       const int panel = k / 4, column = k % 4 * 32;
-      Wgmma<Element, C::kTileKeys>::shared_by_shared(scores, queries.at(panel * C::kQueries * kPanelLineBytes + column),
+      Wgmma<Element, C::kTileKeys>::times_transposed(scores, queries[k],
                                                      keys.at(panel * C::kTileKeys * kPanelLineBytes + column), k > 0);
     }
     wgmma_commit();
@@ -286,7 +320,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < C::kTileKeys / 16; ++k) {
-      Wgmma<Element, C::kHeadDim>::registers_by_shared(output, weights + 4 * k, values.at(k * 16 * kPanelLineBytes));
+      Wgmma<Element, C::kHeadDim>::times(output, weights + 4 * k, values.at(k * 16 * kPanelLineBytes));
     }
     wgmma_commit();
   };
@@ -309,6 +343,48 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
     for (int i = 0; i < kScores / 2; ++i) weights[i] = ptx::pack<Element>(scores[2 * i], scores[2 * i + 1]);
   };
 
+  // Whether all warps' weights are good (see softmax.cuh) is asked when the next scores are on their way: the four
+  // warps do not come to the question at the same time.
+  auto vote = [&](bool good) {
+    ++votes;
+    if (!good) shared.too_high[consumer][votes % 2] = votes;
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(barriers.voted + 8 * consumer);
+  };
+  auto too_high = [&] {
+    ptx::barrier_wait(barriers.voted + 8 * consumer, (votes - 1) & 1);
+    return ptx::load_shared(ptx::shared_address(&shared.too_high[consumer][votes % 2])) == votes;
+  };
+  // The scores of a tile once more, against a higher reference. No product may be on its way.
+  auto weigh_again = [&](uint32_t tile) {
+    query_by_key(tile);
+    wgmma_wait<0>();
+    if constexpr (C::kPaired) {
+      kept_slot = kept_slot == 0 ? C::kKeptTiles - 1 : kept_slot - 1;
+      skip_other_row();
+    }
+    float rescale[2];
+    softmax.raise(scores, rescale);
+#pragma unroll
+    for (int i = 0; i < kOutputs; i += 4) {
+      output[i] *= rescale[0], output[i + 1] *= rescale[0];
+      output[i + 2] *= rescale[1], output[i + 3] *= rescale[1];
+    }
+    pack_weights();
+  };
+
+  int token[2];  // queries of this thread's two lines, or -1
+  auto find_tokens = [&](const WorkItem& work) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int position = work.row * C::kQueryBlock + consumer * 64 + thread / kWarp * 16 + lane / 4 + 8 * r;
+      const int there = query_token(args, work, position);
+      const bool mine =
+          position < args.num_queries && static_cast<uint32_t>(there) < static_cast<uint32_t>(args.num_queries);
+      token[r] = mine ? there : -1;
+    }
+  };
+
   while (true) {
     const WorkItem work = next_item(shared, barriers, item_stage, lane);
     if (work.row == WorkItem::kNoMore) return;
@@ -317,15 +393,17 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
       const int padding = tiles_of_row * C::kTileKeys - work.count;
       ptx::barrier_wait(barriers.query_full, query_phase);
       query_phase ^= 1;
+      read_queries();
+      release(barriers.query_empty);
       look_ahead();
-      query_by_key(wait_tiles());
+      uint32_t before = wait_tiles();  // the stage of the step before
+      query_by_key(before);
 #pragma unroll
       for (int i = 0; i < kOutputs; ++i) output[i] = 0;
       wgmma_wait<0>();
-      release_tiles(stage.slot());
+      int slot_before = stage.slot();
       stage.advance();
       look_ahead();
-      if (tiles_of_row == 1) release(barriers.query_empty);
       if constexpr (C::kPaired) {
         skip_other_row();
       } else {
@@ -336,75 +414,71 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
         }
       }
       softmax.first(scores);
-      pack_weights();
+      uint32_t here;
 #pragma unroll 1
-      for (int left = tiles_of_row - 1; left > 0; --left) {
-        const uint32_t here = wait_tiles();
-        const int slot = stage.slot();
-        stage.advance();
+      for (int left = tiles_of_row - 1;; --left) {
+        here = wait_tiles();
+        wgmma_wait<0>();
+        vote(softmax.add_up(scores));
+        pack_weights();
+        if (left == 0) break;
         query_by_key(here);
+        if (too_high()) {
+          wgmma_wait<0>();
+          weigh_again(before);
+          query_by_key(here);
+        }
+        softmax.add_tile();
+        release_tiles(slot_before);
+        before = here, slot_before = stage.slot();
+        stage.advance();
         weights_by_value(here);
         look_ahead();
         wgmma_wait<1>();
         if constexpr (C::kPaired) skip_other_row();
-        const bool again = ptx::named_barrier_any(1 + consumer, 128, !softmax.next(scores));
-        wgmma_wait<0>();
-        if (again) {
-          query_by_key(here);
-          wgmma_wait<0>();
-          if constexpr (C::kPaired) skip_other_row();
-          float rescale[2];
-          softmax.raise(scores, rescale);
-#pragma unroll
-          for (int i = 0; i < kOutputs; i += 4) {
-            output[i] *= rescale[0], output[i + 1] *= rescale[0];
-            output[i + 2] *= rescale[1], output[i + 3] *= rescale[1];
-          }
-        }
-        release_tiles(slot);
-        if (left == 1) release(barriers.query_empty);
-        softmax.add_tile();
-        pack_weights();
+        softmax.next(scores);
       }
-      weights_by_value(wait_tiles());
+      if (too_high()) weigh_again(before);
+      softmax.add_tile();
+      release_tiles(slot_before);
+      weights_by_value(here);
+      find_tokens(work);
       wgmma_wait<0>();
       release_tiles(stage.slot());
       stage.advance();
+    } else {
+      find_tokens(work);
     }
     bool finite = true;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int position = work.row * C::kQueryBlock + consumer * 64 + thread / kWarp * 16 + lane / 4 + 8 * r;
-      const int token = query_token(args, work.head, position);
-      const bool mine =
-          position < args.num_queries && static_cast<uint32_t>(token) < static_cast<uint32_t>(args.num_queries);
       const float total = tiles_of_row > 0 ? quad_sum(softmax.sum[r]) : 0.0f;
       const bool empty = total == 0;  // also a row of a pair none of whose keys is its own
-      const float inverse = empty ? 0.0f : 1.0f / total;
+      const float inverse = empty ? 0.0f : ptx::reciprocal(total);
       char* line = static_cast<char*>(args.output) + lane % 4 * 16 +
-                   2 * (query_offset(args, args.output_strides, work.head) + token * args.output_strides.token);
+                   2 * (query_offset(work, args.output_strides) + token[r] * args.output_strides.token);
 #pragma unroll
       for (int i = 2 * r; i < kOutputs; i += 16) {  // 32 columns, of which a thread has four pairs
         uint32_t pairs[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float low = output[i + 4 * j], high = output[i + 4 * j + 1];
-          if constexpr (C::kPaired) finite = finite && (!mine || isfinite(low + high));
+          if constexpr (C::kPaired) finite = finite && (token[r] < 0 || isfinite(low + high));
           pairs[j] = empty ? 0 : ptx::pack<Element>(low * inverse, high * inverse);
         }
         transpose_in_quads(pairs, lane);
-        if (mine) *reinterpret_cast<uint4*>(line + 4 * (i - 2 * r)) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+        if (token[r] >= 0) *reinterpret_cast<uint4*>(line + 4 * (i - 2 * r)) = {pairs[0], pairs[1], pairs[2], pairs[3]};
       }
-      if (mine && lane % 4 == 0) {
-        const float lse = empty ? -INFINITY : softmax.reference[r] * args.scale + logf(total);
-        args.lse[static_cast<int64_t>(work.head) * args.num_queries + token] = lse;
+      if (token[r] >= 0 && lane % 4 == 0) {
+        const float lse = empty ? -INFINITY : softmax.reference[r] * args.scale + ptx::log2(total) * 0.69314718f;
+        args.lse[(work.batch * args.num_heads + work.head) * static_cast<int64_t>(args.num_queries) + token[r]] = lse;
       }
     }
     if constexpr (C::kPaired) {
       // A value that only the other row keeps came in as 0 times itself: NaN if it is not finite. Such rows run alone.
       const int row = work.row + consumer;
       if (__any_sync(kAllLanes, !finite && tiles_of_row > 0) && lane == 0 && row < args.num_rows) {
-        params.workspace.leave(work.head * args.num_rows + row);
+        params.workspace.leave((work.batch * args.num_heads + work.head) * args.num_rows + row);
       }
     }
   }
@@ -423,6 +497,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   if (threadIdx.x == 0) barriers.init();
   int* lists = reinterpret_cast<int*>(shared.lists);
   for (int i = threadIdx.x; i < C::kKeyLists * C::kTileKeys; i += C::kThreads) lists[i] = 0;
+  if (threadIdx.x < 2 * C::kConsumers) shared.too_high[threadIdx.x / 2][threadIdx.x % 2] = 0;
   __syncthreads();
   if (warpgroup >= C::kProducers) {
     ptx::take_registers<C::kConsumerRegisters>();

@@ -19,8 +19,11 @@ struct Config {
   static constexpr int kBlocksPerSm = kForm == Form::kRow64 ? 2 : 1;
   static constexpr int kQueryBlock = kForm == Form::kRow128 ? 128 : 64;  // queries a row of the mask (M)
   static constexpr int kQueries = kForm == Form::kRow64 ? 64 : 128;      // queries a block of threads
-  // As many as registers allow where softmax, not the tensor cores, sets the pace: with heads of 64.
-  static constexpr int kTileKeys = kForm == Form::kRow64 ? 64 : kForm == Form::kRow128 && kHeadDim == 64 ? 144 : 128;
+  // A consumer holds queries, scores, weights and output in registers: as many keys as these allow. kRow64 has half of
+  // the shared memory; pairs need words of kept bits, so a multiple of 32.
+  static constexpr int kTileKeys = kForm == Form::kRow64    ? 64
+                                   : kForm == Form::kPair64 ? (kHeadDim == 128 ? 64 : 96)
+                                                            : (kHeadDim == 128 ? 96 : 144);
 
   // Warpgroups: one decodes, one gathers, the others consume, 64 queries each. Gathering takes issue slots from the
   // consumers' warps beside it, and the slowest warp sets a consumer's pace: four gathering warps, one on each
@@ -40,25 +43,25 @@ struct Config {
   static constexpr int kQueryBytes = kQueries * kHeadDim * 2;
   static constexpr int kTileBytes = kTileKeys * kHeadDim * 2;
   static constexpr int kItems = 4;
-  static constexpr int kKeyLists = kForm == Form::kRow64 ? 6 : kPaired ? 4 : 5;
+  static constexpr int kListedKeys = kForm == Form::kRow64 ? 384 : kPaired ? 512 : 640;  // what decoders may be ahead
+  static constexpr int kKeyLists = (kListedKeys + kTileKeys - 1) / kTileKeys;
   // An SM has 228 KiB for its blocks, each of which costs 1 KiB besides. Lists, items and barriers take below 3 KiB.
   static constexpr int kBlockBytes = kBlocksPerSm == 1 ? 227 * 1024 : 113 * 1024;
   static constexpr int kStages = (kBlockBytes - 3 * 1024 - kQueryBytes) / (2 * kTileBytes);
   // Tiles that may be under way between decoder and consumers, whose kept bits must not be overwritten.
   static constexpr int kKeptTiles = kPaired ? kKeyLists + kStages + 2 : 1;
 
-  // A pair runs as one when the union of its keys is at most this share of the sum: tiles of 128 queries run at a
-  // higher rate, which pays for the keys of one row that the other skips. Measured: 510 TFLOP/s against 440.
-  static constexpr float kPairPays = 0.58f;
+  // A pair runs as one when the union of its keys is at most this share of the sum: 128 queries at a time run at 1.24
+  // times the rate (docs/notes/cuda_kernel.md), which pays for the keys of one row that the other skips.
+  static constexpr float kPairPays = 0.62f;
 };
 
 // A row, or the first of a pair of rows.
 struct alignas(16) WorkItem {
   static constexpr int kNoMore = -1;
-  int head;   // batch * num_heads + head
+  int batch, head;
   int row;    // or kNoMore
   int count;  // keys to gather
-  int unused;
 };
 
 template <class C>
@@ -69,7 +72,8 @@ struct alignas(1024) SharedMemory {
   WorkItem items[C::kItems];
   uint32_t kept[C::kKeptTiles][C::kPaired ? 2 : 1]
                [C::kPaired ? C::kTileKeys / 32 : 1];  // which row keeps a tile's keys
-  uint64_t query_full, query_empty;
+  uint32_t too_high[C::kConsumers][2];  // number of the last tile, of odd and even ones, with too high a score
+  uint64_t query_full, query_empty, voted[C::kConsumers];
   uint64_t tile_full[C::kStages], tile_empty[C::kStages];
   uint64_t list_full[C::kKeyLists], list_empty[C::kKeyLists];
   uint64_t item_full[C::kItems], item_empty[C::kItems];

@@ -4,9 +4,9 @@
 // first tile has places without a key of its own: it repeats its first key there, the consumers mask these columns, and
 // zeros stand in for their values. Every later tile is full, and the main loop needs no mask.
 //
-// A step takes four words a lane, 4096 keys: lanes in order hold keys in order, so a prefix sum of the population
-// counts is each lane's place in the lists. Keys are written for a quarter of a step at a time, a word a lane; where
-// these are more than the ring takes, for a sixteenth, a byte a lane.
+// A step takes 4096 keys a decoder: 128 neighbouring ones a lane, so that a prefix sum of the population counts is each
+// lane's place in the lists. Every decoder counts the keys of all, which says where its own begin. It writes them at
+// once, or where these are more than the ring takes, a quarter at a time: of a word a lane, or of a byte.
 //
 // A pair of rows is decoded as the union of their keys. While a tile is written the two highest bits of an entry say
 // which rows keep the key; they leave as words of bits for the consumers, `kept`.
@@ -77,19 +77,10 @@ __device__ __forceinline__ int prefix_sum(int value, int lane) {
   return value;
 }
 
-// Four words from `first`, zero past the row's end.
-__device__ __forceinline__ void load_words(uint32_t (&words)[4], const uint32_t* row, int first, int num_words) {
-  const uint4 four = first < num_words ? __ldg(reinterpret_cast<const uint4*>(row + first)) : uint4{0, 0, 0, 0};
-  words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-}
-
-// Bits past the last key are cleared whatever the mask holds there.
-__device__ __forceinline__ void clear_past_end(uint32_t (&words)[4], int first, int num_keys) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int left = num_keys - (first + i) * 32;
-    if (left < 32) words[i] = left > 0 ? words[i] & ((1u << left) - 1) : 0;
-  }
+// The bits of a word that stand for keys: those past the last key count for nothing, whatever the mask holds there.
+__device__ __forceinline__ uint32_t valid_bits(int word, int num_keys) {
+  const int left = num_keys - word * 32;
+  return left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
 }
 
 struct RowCounts {
@@ -100,190 +91,270 @@ struct RowCounts {
 __device__ __forceinline__ RowCounts count_keys(const MaskRows& rows, int lane) {
   RowCounts counts{0, 0, 0};
 #pragma unroll 4
-  for (int at = lane * 4; at < rows.num_words; at += kWarp * 4) {
-    uint32_t a[4], b[4];
-    load_words(a, rows.first, at, rows.num_words);
-    load_words(b, rows.second, at, rows.num_second_words);
-    clear_past_end(a, at, rows.num_keys);
-    clear_past_end(b, at, rows.num_keys);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      counts.either += __popc(a[i] | b[i]), counts.first += __popc(a[i]), counts.second += __popc(b[i]);
-    }
+  for (int at = lane; at < rows.num_words; at += kWarp) {
+    const uint32_t valid = valid_bits(at, rows.num_keys);
+    const uint32_t a = __ldg(rows.first + at) & valid,
+                   b = at < rows.num_second_words ? __ldg(rows.second + at) & valid : 0;
+    counts.either += __popc(a | b), counts.first += __popc(a), counts.second += __popc(b);
   }
   return {__reduce_add_sync(kAllLanes, counts.either), __reduce_add_sync(kAllLanes, counts.first),
           __reduce_add_sync(kAllLanes, counts.second)};
 }
 
-// Word lane % 4 of the four of another lane.
-__device__ __forceinline__ uint32_t pick(const uint32_t (&words)[4], int source, int lane) {
-  uint32_t word = 0;
+// Some words of a row and, in a pair, of the other one.
+template <int kWords, bool kPaired>
+struct Words {
+  uint32_t first[kWords], second[kPaired ? kWords : 1];
+  __device__ __forceinline__ uint32_t either(int i) const { return kPaired ? first[i] | second[i] : first[i]; }
+  __device__ __forceinline__ int count() const {
+    int bits = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t there = __shfl_sync(kAllLanes, words[i], source);
-    if (lane % 4 == i) word = there;
+    for (int i = 0; i < kWords; ++i) bits += __popc(either(i));
+    return bits;
   }
-  return word;
-}
+};
 
-// Every lane writes the keys of some bits; `key0` is that of bit 0, `behind` the place behind the lane's last key,
-// `tile_start` that of the tile that is handed on next. All places are open, less than the ring's length behind it.
-template <bool kPaired, class Ring>
-__device__ __forceinline__ void write_keys(const Ring& ring, uint32_t in_first, uint32_t in_second, int key0,
-                                           int behind, int end, int tile_start) {
-  constexpr uint32_t kRing = Ring::kDepth * Ring::kTileKeys;
-  uint32_t bits = in_first | in_second;
-  for (; behind > end && bits != 0; --behind) bits &= ~(1u << ptx::highest_bit(bits));
-  uint32_t line = min(behind, end) + (ring.stage.slot() * Ring::kTileKeys - tile_start);
-  if (line > kRing) line -= kRing;
-#pragma unroll 2
-  for (int most = __reduce_max_sync(kAllLanes, __popc(bits)); most > 0; --most) {
-    line = min(line - 1, line - 1 + kRing);  // 0 - 1 is the greatest number there is
-    const uint32_t bit = ptx::highest_bit(bits);
-    uint32_t entry = key0 + bit;
-    if constexpr (kPaired) {
-      entry |= (in_first >> bit & 1) << kFirstRowBit | (in_second >> bit & 1) << kSecondRowBit;
-    }
-    if (bits != 0) ring.lists[line] = entry;
-    bits &= ~(1u << bit);
-  }
-}
-
-// Writes the lists of one row or pair with `count` > 0 kept keys. If it holds fewer (a work order of another mask),
-// what stands in the ring from before fills the rest: always a valid key. Keys beyond `count` are left out.
-// `worker` of kWorkers warps: all of them look at all words, each writes the keys of some, and a list is full when
-// every one of them has nothing more for it.
+// Writes the lists of one row or pair of `count` > 0 kept keys. One of kWorkers warps: a list is full when every one of
+// them has nothing more for it.
 template <bool kPaired, int kWorkers, class Ring>
-__device__ __forceinline__ void decode_rows(Ring& ring, KeptRing& kept, const MaskRows& rows, int count, int worker,
-                                            int lane) {
-  static_assert(!kPaired || kWorkers == 1);  // which row keeps a tile's keys is read off the whole list
-  constexpr int kTileKeys = Ring::kTileKeys, kWords = 4;
-  // Keys that may be written at once: they and the part of a tile before them reach into all lists of the ring but one,
-  // which gather still holds while it waits for the tile that is handed on next.
-  constexpr int kMost = (Ring::kDepth - 2) * kTileKeys;
-  static_assert(kMost >= 256);
-  const int end = (count + kTileKeys - 1) / kTileKeys * kTileKeys;
-  const int padding = end - count;
-  int place = padding;       // of the next key in the lists of this row, laid end to end
-  int tile_end = kTileKeys;  // of the tile that is handed on next
-  int opened = 0;            // places that may be written
-  auto ahead = ring;
+class RowDecoder {
+ public:
+  __device__ __forceinline__ RowDecoder(Ring& ring, KeptRing& kept, int count, int worker, int lane)
+      : ring_(ring), kept_(kept), ahead_(ring), worker_(worker), lane_(lane) {
+    end_ = (count + kTileKeys - 1) / kTileKeys * kTileKeys;
+    padding_ = end_ - count;
+  }
 
-  auto open = [&](int places) {
+  // If the rows hold fewer keys (a work order of another mask), what stands in the ring from before fills the rest:
+  // always a valid key. Keys beyond `count` are left out.
+  __device__ __forceinline__ void run(const MaskRows& rows) {
+    Chunk next[kWorkers];
+    load(next, rows, 0);
+    int place = padding_;  // of the next key in the lists of this row, laid end to end
 #pragma unroll 1
-    for (; opened < min(places, end); opened += kTileKeys) ahead.wait_empty(), ahead.advance();
-  };
-  auto hand_on = [&](int places) {
+    for (int step = 0; step < rows.num_words && tile_end_ <= end_; step += kWorkers * kChunkWords) {
+      if ((step + kWorkers * kChunkWords) * 32 > rows.num_keys) clear_past_end(next, rows.num_keys, step);
+      const Chunk mine = next[0];
+      int found[kWorkers + 1];
+#pragma unroll
+      for (int i = 0; i < kWorkers; i += 2) {  // two sums in one number
+        const int both = next[i].count() | (i + 1 < kWorkers ? next[i + 1].count() << 16 : 0);
+        const int sums = __reduce_add_sync(kAllLanes, both);
+        found[i] = sums & 0xFFFF, found[i + 1] = sums >> 16;
+      }
+      load(next, rows, step + kWorkers * kChunkWords);
+      int start = place;
+#pragma unroll
+      for (int i = 0; i < kWorkers; ++i) {
+        place += found[i];
+        if (chunk_of(i) < worker_) start += found[i];
+      }
+      if (found[0] > 0) {
+        const int key0 = (step + worker_ * kChunkWords) * 32;
+        if (start == padding_) repeat_first_key(mine, key0);
+        hand_on(start);
+        write<128>(mine, key0, start, found[0]);
+      }
+      hand_on(place);
+    }
+    hand_on(end_);
+  }
+
+ private:
+  static_assert(!kPaired || kWorkers == 1);  // which row keeps a tile's keys is read off the whole list
+  static constexpr int kTileKeys = Ring::kTileKeys, kRing = Ring::kDepth * kTileKeys;
+  static constexpr int kLaneWords = 4, kChunkWords = kLaneWords * kWarp;
+  // Keys that may be written at once: they and the part of a tile before them reach into all lists of the ring but one,
+  // which gather still holds while it waits for the tile that is handed on next. From many words it takes longest: half
+  // of that then, or gather comes to wait.
+  static constexpr int kMost = (Ring::kDepth - 2) * kTileKeys;
+  static constexpr int kFewestBits = 8;
+  static_assert(kMost >= kWarp * kFewestBits);
+  using Chunk = Words<kLaneWords, kPaired>;
+
+  // Which chunk of a step stands at place i of an array of them: this worker's own comes first.
+  __device__ __forceinline__ int chunk_of(int i) const { return (worker_ + i) % kWorkers; }
+
+  // This lane's words of a step; zero past the row's end.
+  __device__ __forceinline__ void load(Chunk (&chunks)[kWorkers], const MaskRows& rows, int step) const {
+#pragma unroll
+    for (int i = 0; i < kWorkers; ++i) {
+      const int at = step + chunk_of(i) * kChunkWords + lane_ * kLaneWords;
+      load(chunks[i].first, rows.first + at, at < rows.num_words);
+      if constexpr (kPaired) load(chunks[i].second, rows.second + at, at < rows.num_second_words);
+    }
+  }
+  __device__ __forceinline__ static void load(uint32_t (&words)[kLaneWords], const uint32_t* from, bool inside) {
+    const uint4 four = inside ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
+    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+  }
+
+  __device__ __forceinline__ void clear_past_end(Chunk (&chunks)[kWorkers], int num_keys, int step) const {
+#pragma unroll
+    for (int i = 0; i < kWorkers; ++i) {
+#pragma unroll
+      for (int j = 0; j < kLaneWords; ++j) {
+        const uint32_t valid = valid_bits(step + chunk_of(i) * kChunkWords + lane_ * kLaneWords + j, num_keys);
+        chunks[i].first[j] &= valid;
+        if constexpr (kPaired) chunks[i].second[j] &= valid;
+      }
+    }
+  }
+
+  // The first kept key stands in for the places in front of it, for neither row.
+  __device__ __forceinline__ void repeat_first_key(const Chunk& chunk, int key0) {
+    uint32_t key = ~0u;
+#pragma unroll
+    for (int i = kLaneWords - 1; i >= 0; --i) {
+      if (chunk.either(i) != 0) key = key0 + (lane_ * kLaneWords + i) * 32 + __ffs(chunk.either(i)) - 1;
+    }
+    key = __reduce_min_sync(kAllLanes, key);
+    open(padding_);
 #pragma unroll 1
-    for (; tile_end <= min(places, end); tile_end += kTileKeys) {
-      open(tile_end);  // also without a key in it: else this arrival could come in the phase before
+    for (int i = lane_; i < padding_; i += kWarp) ring_.list()[i] = key;
+  }
+
+  // Waits until places may be written.
+  __device__ __forceinline__ void open(int places) {
+#pragma unroll 1
+    for (; opened_ < min(places, end_); opened_ += kTileKeys) ahead_.wait_empty(), ahead_.advance();
+  }
+
+  // This warp has nothing more for the tiles that end at or before `places`.
+  __device__ __forceinline__ void hand_on(int places) {
+#pragma unroll 1
+    for (; tile_end_ <= min(places, end_); tile_end_ += kTileKeys) {
+      open(tile_end_);  // also without a key in it: else this arrival could come in the phase before
       __syncwarp();
       if constexpr (kPaired) {
-        int* list = ring.list();
-        uint32_t* words = kept.words + kept.slot * (kTileKeys / 16);
+        int* list = ring_.list();
+        uint32_t* words = kept_.words + kept_.slot * (kTileKeys / 16);
 #pragma unroll
         for (int i = 0; i < kTileKeys / 32; ++i) {
-          const uint32_t entry = list[i * 32 + lane];
+          const uint32_t entry = list[i * 32 + lane_];
           const uint32_t first = __ballot_sync(kAllLanes, entry >> kFirstRowBit & 1);
           const uint32_t second = __ballot_sync(kAllLanes, entry >> kSecondRowBit & 1);
-          if (lane == 0) words[i] = first, words[kTileKeys / 32 + i] = second;
-          list[i * 32 + lane] = entry & kKeyMask;
+          if (lane_ == 0) words[i] = first, words[kTileKeys / 32 + i] = second;
+          list[i * 32 + lane_] = entry & kKeyMask;
         }
-        if (++kept.slot == kept.depth) kept.slot = 0;
+        if (++kept_.slot == kept_.depth) kept_.slot = 0;
         __syncwarp();
       }
-      if (lane == 0) ring.arrive_full();
-      ring.advance();
+      // The compiler leaves nothing of a converged warp's __syncwarp, and racecheck then misses it; a shuffle stays.
+      if (__shfl_sync(kAllLanes, lane_, 0) == lane_) ring_.arrive_full();
+      ring_.advance();
     }
-  };
-  auto write = [&](uint32_t in_first, uint32_t in_second, int key0, int behind) {
-    write_keys<kPaired>(ring, in_first, in_second, key0, behind, end, tile_end - kTileKeys);
-  };
-  // 1024 keys that are all kept, the usual case in a full row.
-  auto write_all = [&](int key0, int start) {
-#pragma unroll 1
-    for (int key = 0; key < 32 * kWarp && tile_end <= end; key += kTileKeys) {
-      const int count = min(kTileKeys, 32 * kWarp - key);
-      open(start + key + count);
-#pragma unroll 1
-      for (int i = lane; i < count; i += kWarp) {
-        uint32_t line = start + key + i + (ring.stage.slot() * kTileKeys - (tile_end - kTileKeys));
-        if (line >= Ring::kDepth * kTileKeys) line -= Ring::kDepth * kTileKeys;
-        if (start + key + i < end) ring.lists[line] = key0 + key + i;
-      }
-      hand_on(start + key + count);
-    }
-  };
-  auto load = [&](uint32_t (&first)[kWords], uint32_t (&second)[kWords], int at) {
-    load_words(first, rows.first, at, rows.num_words);
-    if constexpr (kPaired) load_words(second, rows.second, at, rows.num_second_words);
-  };
-
-  uint32_t next_first[kWords], next_second[kWords] = {};
-  load(next_first, next_second, lane * kWords);
-#pragma unroll 1
-  for (int step = 0; step < rows.num_words && tile_end <= end; step += kWarp * kWords) {
-    uint32_t first[kWords], second[kWords];
-    int found = 0;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) first[i] = next_first[i], second[i] = next_second[i];
-    if ((step + kWarp * kWords) * 32 > rows.num_keys) {
-      clear_past_end(first, step + lane * kWords, rows.num_keys);
-      clear_past_end(second, step + lane * kWords, rows.num_keys);
-    }
-    int key = 0;  // this lane's first one
-#pragma unroll
-    for (int i = kWords - 1; i >= 0; --i) {
-      const uint32_t word = first[i] | second[i];
-      found += __popc(word);
-      if (word != 0) key = (step + lane * kWords + i) * 32 + __ffs(word) - 1;
-    }
-    load(next_first, next_second, step + (kWarp + lane) * kWords);
-    const int lane_end = place + prefix_sum(found, lane);
-    const uint32_t lanes = __ballot_sync(kAllLanes, found > 0);
-    if (lanes == 0) continue;
-    if (place == padding && padding > 0 && worker == 0) {
-      // Nothing has been found before: the first kept key stands in for the places in front of it, for neither row.
-      key = __shfl_sync(kAllLanes, key, __ffs(lanes) - 1);
-      open(padding);
-#pragma unroll 1
-      for (int i = lane; i < padding; i += kWarp) ring.list()[i] = key;
-    }
-    // 32 words at a time, one a lane; if they hold too many keys, 8 words, a byte a lane.
-#pragma unroll 1
-    for (int quarter = worker; quarter < kWords; quarter += kWorkers) {
-      const int source = quarter * (kWarp / kWords) + lane / kWords, key0 = (step + quarter * kWarp) * 32;
-      const int end_before = __shfl_sync(kAllLanes, lane_end, max(quarter * (kWarp / kWords) - 1, 0));
-      const int start = quarter == 0 ? place : end_before;
-      const uint32_t a = pick(first, source, lane), b = kPaired ? pick(second, source, lane) : 0;
-      const int word_end = start + prefix_sum(__popc(a | b), lane);
-      const int words_end = __shfl_sync(kAllLanes, word_end, kWarp - 1);
-      hand_on(start);
-      if (!kPaired && words_end - start == 32 * kWarp) {
-        write_all(key0, start);
-      } else if (words_end - start <= kMost) {
-        open(words_end);
-        write(a, b, key0 + lane * 32, word_end);
-      } else {
-        int from = start;
-#pragma unroll 1
-        for (int part = 0; part < 4; ++part) {
-          const int word = part * 8 + lane / 4, shift = lane % 4 * 8;
-          const uint32_t c = __shfl_sync(kAllLanes, a, word) >> shift & 255;
-          const uint32_t d = kPaired ? __shfl_sync(kAllLanes, b, word) >> shift & 255 : 0;
-          const int byte_end = from + prefix_sum(__popc(c | d), lane);
-          from = __shfl_sync(kAllLanes, byte_end, kWarp - 1);
-          open(from);
-          write(c, d, key0 + part * 256 + lane * 8, byte_end);
-          hand_on(from);
-        }
-      }
-      hand_on(words_end);
-    }
-    place = __shfl_sync(kAllLanes, lane_end, kWarp - 1);
-    hand_on(place);
   }
-  hand_on(end);
-}
+
+  // The `count` keys of kBits bits a lane, which begin at place `start`. `key0`: key of lane 0's bit 0.
+  template <int kBits, class Some>
+  __device__ __forceinline__ void write(const Some& words, int key0, int start, int count) {
+    if (!kPaired && kBits >= 32 && count == kWarp * kBits) {
+      write_all(key0, start, count);
+    } else if (kBits == kFewestBits || count <= (kBits > 32 ? kMost / 2 : kMost)) {
+      const int left = words.count(), behind = start + prefix_sum(left, lane_);
+      open(start + count);
+      write_some(words, key0 + lane_ * kBits, behind, left);
+      hand_on(start + count);
+    } else if constexpr (kBits > kFewestBits) {
+#pragma unroll 1
+      for (int i = 0; i < 4; ++i) {
+        const Words<1, kPaired> quarter = quarter_of<kBits>(words, i);
+        const int some = __reduce_add_sync(kAllLanes, quarter.count());
+        write<kBits / 4>(quarter, key0 + i * (kWarp * kBits / 4), start, some);
+        start += some;
+      }
+    }
+  }
+
+  // The bits of the i-th eight lanes, a quarter of a lane's bits for every lane.
+  template <int kBits>
+  __device__ __forceinline__ Words<1, kPaired> quarter_of(const Chunk& words, int i) const {
+    static_assert(kBits == 128);
+    const int source = i * (kWarp / 4) + lane_ / 4;
+    Words<1, kPaired> quarter{};
+#pragma unroll
+    for (int j = 0; j < kLaneWords; ++j) {
+      const uint32_t first = __shfl_sync(kAllLanes, words.first[j], source);
+      if (lane_ % 4 == j) quarter.first[0] = first;
+      if constexpr (kPaired) {
+        const uint32_t second = __shfl_sync(kAllLanes, words.second[j], source);
+        if (lane_ % 4 == j) quarter.second[0] = second;
+      }
+    }
+    return quarter;
+  }
+  template <int kBits>
+  __device__ __forceinline__ Words<1, kPaired> quarter_of(const Words<1, kPaired>& words, int i) const {
+    const int source = i * (kWarp / 4) + lane_ / 4, shift = lane_ % 4 * (kBits / 4);
+    const uint32_t mask = (1u << (kBits / 4)) - 1;
+    Words<1, kPaired> quarter{};
+    quarter.first[0] = __shfl_sync(kAllLanes, words.first[0], source) >> shift & mask;
+    if constexpr (kPaired) quarter.second[0] = __shfl_sync(kAllLanes, words.second[0], source) >> shift & mask;
+    return quarter;
+  }
+
+  // Every lane writes the `left` keys of its words, the last one in front of place `behind`. All places are open.
+  template <int kWords>
+  __device__ __forceinline__ void write_some(const Words<kWords, kPaired>& words, int key0, int behind, int left) {
+    const int most = __reduce_max_sync(kAllLanes, left), skip = max(behind - end_, 0);
+    uint32_t line = line_of(min(behind, end_));
+    if (line > kRing) line -= kRing;
+    uint32_t bits[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) bits[i] = words.either(i);
+#pragma unroll 1
+    for (int i = 0; i < most; ++i) {
+      uint32_t top = bits[0], first = words.first[0], second = words.second[0];
+      int at = 0;  // of the last word that is not zero
+#pragma unroll
+      for (int j = 1; j < kWords; ++j) {
+        if (bits[j] == 0) continue;
+        top = bits[j], at = j, first = words.first[j];
+        if constexpr (kPaired) second = words.second[j];
+      }
+      const uint32_t bit = ptx::highest_bit(top);
+      uint32_t entry = key0 + at * 32 + bit;
+      if constexpr (kPaired) entry |= (first >> bit & 1) << kFirstRowBit | (second >> bit & 1) << kSecondRowBit;
+      if (i >= skip) {
+        line = min(line - 1, line - 1 + kRing);  // 0 - 1 is the greatest number there is
+        if (top != 0) ring_.lists[line] = entry;
+      }
+      top &= ~(1u << bit);
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) bits[j] = at == j ? top : bits[j];
+    }
+  }
+
+  // Keys that are all kept, the usual case in a full row.
+  __device__ __forceinline__ void write_all(int key0, int start, int count) {
+    const int stop = start + count;
+#pragma unroll 1
+    while (start < stop && tile_end_ <= end_) {
+      const int some = min(kTileKeys, stop - start);
+      open(start + some);
+#pragma unroll 1
+      for (int i = lane_; i < some; i += kWarp) {
+        uint32_t line = line_of(start + i);
+        if (line >= kRing) line -= kRing;
+        if (start + i < end_) ring_.lists[line] = key0 + i;
+      }
+      start += some, key0 += some;
+      hand_on(start);
+    }
+  }
+
+  // Where a place stands in the ring, or that and the ring's length.
+  __device__ __forceinline__ uint32_t line_of(int place) const {
+    return place + (ring_.stage.slot() * kTileKeys - (tile_end_ - kTileKeys));
+  }
+
+  Ring& ring_;
+  KeptRing& kept_;
+  Ring ahead_;  // of the tile that is opened next
+  int worker_, lane_, end_, padding_;
+  int tile_end_ = kTileKeys;  // of the tile that is handed on next
+  int opened_ = 0;            // places that may be written
+};
 
 }  // namespace fgattn

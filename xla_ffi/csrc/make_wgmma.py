@@ -4,7 +4,7 @@ The instruction takes every accumulator register as an operand of its own, which
 Run after a change here:  python xla_ffi/csrc/make_wgmma.py > xla_ffi/csrc/wgmma.cuh
 """
 
-WIDTHS = (64, 128, 144)
+WIDTHS = (64, 96, 128, 144)
 DTYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
 
 HEAD = """\
@@ -52,23 +52,24 @@ struct Wgmma;
 BODY = """
 template <>
 struct Wgmma<{element}, {n}> {{
-  // d = (accumulate ? d : 0) + A B^T, both from shared memory, lines of 64 columns along the summed axis.
-  __device__ __forceinline__ static void shared_by_shared(float (&d)[{count}], uint64_t a, uint64_t b,
+  // d = (accumulate ? d : 0) + A B^T, A from registers, B from shared memory with lines along the summed axis.
+  __device__ __forceinline__ static void times_transposed(float (&d)[{count}], const uint32_t* a, uint64_t b,
                                                           bool accumulate) {{
     asm volatile(
         "{{\\n"
         ".reg .pred p;\\n"
-        "setp.ne.b32 p, %{n_acc}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{regs}}}, %{n_a}, %{n_b}, p, 1, 1, 0, 0;\\n"
+        "setp.ne.b32 p, %{p}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{regs}}}, "
+        "{{{a}}}, %{b}, p, 1, 1, 0;\\n"
         "}}\\n"
         : {outputs}
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
   }}
   // d += A B, A from registers, B from shared memory with lines along the columns of d.
-  __device__ __forceinline__ static void registers_by_shared(float (&d)[{count}], const uint32_t* a, uint64_t b) {{
+  __device__ __forceinline__ static void times(float (&d)[{count}], const uint32_t* a, uint64_t b) {{
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{regs}}}, "
-        "{{%{n_a}, %{n_b}, %{n_acc}, %{n_a3}}}, %{n_desc}, 1, 1, 1, 1;\\n"
+        "{{{a}}}, %{b}, 1, 1, 1, 1;\\n"
         : {outputs}
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }}
@@ -83,7 +84,7 @@ def wrapper(element: str, ptx: str, n: int) -> str:
         element=element, ptx=ptx, n=n, count=count,
         regs=", ".join(f"%{i}" for i in range(count)),
         outputs=", ".join(f'"+f"(d[{i}])' for i in range(count)),
-        n_a=count, n_b=count + 1, n_acc=count + 2, n_a3=count + 3, n_desc=count + 4,
+a=", ".join(f"%{count + i}" for i in range(4)), b=count + 4, p=count + 5,
     )  # fmt: skip
 
 

@@ -53,10 +53,11 @@ struct KernelParams {
 
 template <class C>
 struct Barriers {
-  uint32_t query_full, query_empty, tile_full, tile_empty, list_full, list_empty, item_full, item_empty;
+  uint32_t query_full, query_empty, voted, tile_full, tile_empty, list_full, list_empty, item_full, item_empty;
   __device__ __forceinline__ explicit Barriers(const SharedMemory<C>& shared)
       : query_full(ptx::shared_address(&shared.query_full)),
         query_empty(ptx::shared_address(&shared.query_empty)),
+        voted(ptx::shared_address(shared.voted)),
         tile_full(ptx::shared_address(shared.tile_full)),
         tile_empty(ptx::shared_address(shared.tile_empty)),
         list_full(ptx::shared_address(shared.list_full)),
@@ -68,6 +69,7 @@ struct Barriers {
     constexpr int kConsumerWarps = 4 * C::kConsumers;
     ptx::barrier_init(query_full, C::kGatherThreads);
     ptx::barrier_init(query_empty, kConsumerWarps);
+    for (int i = 0; i < C::kConsumers; ++i) ptx::barrier_init(voted + 8 * i, 4);
     for (int i = 0; i < C::kStages; ++i) {
       ptx::barrier_init(tile_full + 8 * i, C::kGatherThreads);
       ptx::barrier_init(tile_empty + 8 * i, kConsumerWarps);
@@ -93,7 +95,7 @@ __device__ __forceinline__ WorkItem next_item(const SharedMemory<C>& shared, con
   __syncwarp();
   if (lane == 0) ptx::barrier_arrive(barriers.item_empty + 8 * stage.slot());
   stage.advance();
-  return WorkItem{raw.x, raw.y, raw.z, 0};
+  return WorkItem{raw.x, raw.y, raw.z, raw.w};
 }
 
 template <class C>

@@ -20,6 +20,10 @@ constexpr float kMostWeight = 0x1p32f;
 template <>
 constexpr float kMostWeight<__half> = 0x1p15f;
 
+// The reference of a row that has seen no score above -inf: so far below any that comes that `add_up` sees it, whatever
+// the scale.
+constexpr float kLowest = -1e30f;
+
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
@@ -34,25 +38,46 @@ __device__ __forceinline__ float quad_sum(float x) {
 template <class Element, int kScores>
 struct OnlineSoftmax {
   float scale_log2;
-  float lowest;        // the reference of a row that has seen no score above -inf
   float reference[2];  // the same in the four threads of a row
   float sum[2];        // of this thread's columns
 
-  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2_)
-      : scale_log2(scale_log2_), lowest(-3.0e38f / fmaxf(scale_log2_, 1.0f)) {}
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2_) : scale_log2(scale_log2_) {}
 
   // Scores of the row's first tile -> weights, in place.
   __device__ __forceinline__ void first(float (&s)[kScores]) {
     float top[2];
     row_max(s, top);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) reference[r] = fmaxf(top[r], lowest);  // -inf - -inf would be NaN
-    weigh(s, sum);
+    for (int r = 0; r < 2; ++r) {
+      reference[r] = top[r] == -INFINITY ? kLowest : top[r];  // -inf - -inf would be NaN
+      sum[r] = 0;
+    }
+    next(s);
   }
 
-  // Scores of a later tile -> weights, in place. Returns whether they are good: if not, give the scores to `raise`.
-  __device__ __forceinline__ bool next(float (&s)[kScores]) {
-    weigh(s, tile_sum_);
+  // Scores of a later tile -> weights, in place.
+  __device__ __forceinline__ void next(float (&s)[kScores]) const {
+    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
+#pragma unroll
+    for (int i = 0; i < kScores; i += 4) {
+      s[i] = ptx::exp2(fmaf(s[i], scale_log2, -offset[0]));
+      s[i + 1] = ptx::exp2(fmaf(s[i + 1], scale_log2, -offset[0]));
+      s[i + 2] = ptx::exp2(fmaf(s[i + 2], scale_log2, -offset[1]));
+      s[i + 3] = ptx::exp2(fmaf(s[i + 3], scale_log2, -offset[1]));
+    }
+  }
+
+  // Adds up the weights of a tile. Returns whether they are good: if not, give the scores to `raise`. Not a part of
+  // `next`: beside them, the compiler lets every sum wait for the exponentials just begun.
+  __device__ __forceinline__ bool add_up(const float (&s)[kScores]) {
+    float more[2] = {s[1], s[3]};
+    tile_sum_[0] = s[0], tile_sum_[1] = s[2];
+#pragma unroll
+    for (int i = 4; i < kScores; i += 4) {
+      tile_sum_[0] += s[i], more[0] += s[i + 1];
+      tile_sum_[1] += s[i + 2], more[1] += s[i + 3];
+    }
+    tile_sum_[0] += more[0], tile_sum_[1] += more[1];
     return !(tile_sum_[0] > kMostWeight<Element> || tile_sum_[1] > kMostWeight<Element>);
   }
 
@@ -67,10 +92,11 @@ struct OnlineSoftmax {
       reference[r] = higher;
       sum[r] *= rescale[r];
     }
-    weigh(s, tile_sum_);
+    next(s);
+    add_up(s);
   }
 
-  // After `next` or `raise`.
+  // After `add_up` or `raise`.
   __device__ __forceinline__ void add_tile() { sum[0] += tile_sum_[0], sum[1] += tile_sum_[1]; }
 
  private:
@@ -84,20 +110,6 @@ struct OnlineSoftmax {
       top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
     }
     top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
-  }
-
-  __device__ __forceinline__ void weigh(float (&s)[kScores], float (&total)[2]) {
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
-    total[0] = total[1] = 0;
-#pragma unroll
-    for (int i = 0; i < kScores; i += 4) {
-      s[i] = ptx::exp2(fmaf(s[i], scale_log2, -offset[0]));
-      s[i + 1] = ptx::exp2(fmaf(s[i + 1], scale_log2, -offset[0]));
-      s[i + 2] = ptx::exp2(fmaf(s[i + 2], scale_log2, -offset[1]));
-      s[i + 3] = ptx::exp2(fmaf(s[i + 3], scale_log2, -offset[1]));
-      total[0] += s[i] + s[i + 1];
-      total[1] += s[i + 2] + s[i + 3];
-    }
   }
 };
 

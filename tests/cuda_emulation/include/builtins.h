@@ -63,7 +63,7 @@ inline int atomicAdd(int* pointer, int value, EMULATION_SITE) {
   return old;
 }
 
-inline void __syncthreads(EMULATION_SITE) { emulation::named_barrier(0, emulation::view.block_dim.x, true, site); }
+inline void __syncthreads(EMULATION_SITE) { emulation::block_barrier(site); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, EMULATION_SITE) {
   emulation::collective(emulation::kSyncWarp, mask, 0, site);
 }
@@ -117,6 +117,10 @@ inline int __reduce_max_sync(unsigned mask, int value, EMULATION_SITE) {
   int result = value;
   for (int i = 0; i < 32; ++i) result = std::max(result, static_cast<int>(all[i]));
   return result;
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value, EMULATION_SITE) {
+  const uint32_t* all = emulation::collective(emulation::kReduce, mask, value, site);
+  return *std::min_element(all, all + 32);
 }
 template <class T>
 inline T __reduce_add_sync(unsigned mask, T value, EMULATION_SITE) {

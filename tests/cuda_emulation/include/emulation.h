@@ -71,11 +71,10 @@ char* dynamic_shared();  // `extern __shared__ char name[]`
 uint32_t shared_address(const void* pointer, Site site);
 const char* shared_pointer(uint32_t address, uint32_t bytes, Site site);  // checked; aligned to `bytes`
 
-enum Collective { kSyncWarp, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kVote, kReduce, kWait, kRegisters };
+enum Collective { kSyncWarp, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kVote, kReduce, kWait, kRegisters, kMatrices };
 // Waits for all lanes of the warp; what each brought.
 const uint32_t* collective(Collective kind, uint32_t mask, uint32_t value, Site site);
-// Returns whether the condition held in any thread, to those that waited.
-bool named_barrier(int id, int threads, bool wait, Site site, bool condition = false);
+void block_barrier(Site site);  // __syncthreads
 void set_registers(int registers, bool take, Site site);
 
 // Barriers in shared memory
@@ -87,10 +86,12 @@ bool barrier_test(uint32_t barrier, uint32_t parity, Site site);
 // Copies
 void copy_async_16(uint32_t shared, const void* global, Site site);
 void copy_async_arrive(uint32_t barrier, Site site);
+void load_matrices(uint32_t (&x)[4], uint32_t shared, Site site);
 void fence_async_proxy();
 
-// Matrix products, 64 x columns x 16. `registers`: the A operand, or null when `a` describes it.
-void product(float* sums, int columns, bool half, uint64_t a, const uint32_t* registers, uint64_t b, bool accumulate,
+// Matrix products, 64 x columns x 16. `a`: registers of the A operand. `transposed`: the lines of B lie along the axis
+// that is summed over.
+void product(float* sums, int columns, bool half, const uint32_t* a, uint64_t b, bool transposed, bool accumulate,
              Site site);
 void product_fence();
 void product_commit(Site site);
