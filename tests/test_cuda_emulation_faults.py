@@ -38,12 +38,6 @@ FAULTS = {
         "",
         r"overwrites shared address \d+, which|two copies are on their way to shared address \d+",
     ),
-    "queries are let go before other lanes have read them": (
-        KERNEL,
-        "    __syncwarp();\n  };\n  // S = Q K^T",
-        "  };\n  // S = Q K^T",
-        r"overwrites shared address \d+, which|a load reads shared address \d+",
-    ),
     "queries are read before they have landed": (
         KERNEL,
         "      ptx::barrier_wait(barriers.query_full, query_phase);\n",
@@ -82,8 +76,8 @@ FAULTS = {
     ),
     "a warp too many is waited for": (
         PIPELINE,
-        "ptx::barrier_init(voted + 8 * i, 4)",
-        "ptx::barrier_init(voted + 8 * i, 5)",
+        "init(voted + 8 * i, 4)",
+        "init(voted + 8 * i, 5)",
         r"deadlock: block \d cannot go on",
     ),
     "a score far above the reference goes unnoticed": (
@@ -91,6 +85,12 @@ FAULTS = {
         "if (!good) shared.too_high",
         "if (false) shared.too_high",
         WRONG,
+    ),
+    "queries are let go before other lanes have read them": (
+        KERNEL,
+        "    __syncwarp();\n  };\n  // S = Q K^T",
+        "  };\n  // S = Q K^T",
+        r"overwrites shared address \d+, which|a load reads shared address \d+",
     ),
     "lane 0 lets an item go before other lanes have looked": (
         PIPELINE,

@@ -229,7 +229,7 @@ __device__ __forceinline__ void gather(SharedMemory<C>& shared, const Barriers<C
           tile.start(list, value, value_bytes, there);
         }
         __syncwarp();
-        if (lane == 0) behind.arrive_empty();
+        behind.arrive_empty(lane);
         behind.advance();
       }
       ptx::copy_async_arrive(barriers.tile_full + 8 * stage.slot());
@@ -288,10 +288,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
     }
     return here;
   };
-  auto release = [&](uint32_t barrier) {
-    if (lane == 0) ptx::barrier_arrive(barrier);
-  };
-  auto release_tiles = [&](int slot) { release(barriers.tile_empty + 8 * slot); };
+  auto release_tiles = [&](int slot) { arrive_warp(barriers.tile_empty + 8 * slot, lane); };
   // The A operand of all products with this row's keys: four registers for 16 columns.
   auto read_queries = [&] {
     const int line = consumer * 64 + thread / kWarp * 16 + lane % 16;
@@ -349,7 +346,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
     ++votes;
     if (!good) shared.too_high[consumer][votes % 2] = votes;
     __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(barriers.voted + 8 * consumer);
+    arrive_warp(barriers.voted + 8 * consumer, lane);
   };
   auto too_high = [&] {
     ptx::barrier_wait(barriers.voted + 8 * consumer, (votes - 1) & 1);
@@ -394,7 +391,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
       ptx::barrier_wait(barriers.query_full, query_phase);
       query_phase ^= 1;
       read_queries();
-      release(barriers.query_empty);
+      arrive_warp(barriers.query_empty, lane);
       look_ahead();
       uint32_t before = wait_tiles();  // the stage of the step before
       query_by_key(before);

@@ -22,6 +22,19 @@ constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 constexpr int kFirstRowBit = 30, kSecondRowBit = 31;
 constexpr uint32_t kKeyMask = (1u << kFirstRowBit) - 1;
 
+// compute-sanitizer's racecheck does not follow what lanes hand on through __syncwarp and the arrival of one of them.
+// For its sake a build can let every lane arrive (docs/notes/cuda_kernel.md).
+#ifdef FGATTN_EVERY_LANE_ARRIVES
+constexpr int kArrivalsPerWarp = kWarp;
+#else
+constexpr int kArrivalsPerWarp = 1;
+#endif
+
+// Arrives for a warp whose lanes have met since they last read or wrote what is let go.
+__device__ __forceinline__ void arrive_warp(uint32_t barrier, int lane) {
+  if (lane < kArrivalsPerWarp) ptx::barrier_arrive(barrier);
+}
+
 // Where a role stands in a ring of places whose barriers lie 8 bytes apart. One register: they are scarce.
 template <int kDepth>
 class Stage {
@@ -37,7 +50,7 @@ class Stage {
   uint32_t state_ = 0;
 };
 
-// A ring of kDepth lists in shared memory. `full`: one arrival, by the decoder. `empty`: by its readers.
+// A ring of kDepth lists in shared memory. `full`: arrivals of the decoders. `empty`: of its readers.
 template <int kTileKeys_, int kDepth_>
 struct KeyRing {
   static constexpr int kTileKeys = kTileKeys_, kDepth = kDepth_;
@@ -48,8 +61,8 @@ struct KeyRing {
   __device__ __forceinline__ int* list() const { return lists + stage.slot() * kTileKeys; }
   __device__ __forceinline__ void wait_full() const { ptx::barrier_wait(full + 8 * stage.slot(), stage.phase()); }
   __device__ __forceinline__ void wait_empty() const { ptx::barrier_wait(empty + 8 * stage.slot(), stage.phase() ^ 1); }
-  __device__ __forceinline__ void arrive_full() const { ptx::barrier_arrive(full + 8 * stage.slot()); }
-  __device__ __forceinline__ void arrive_empty() const { ptx::barrier_arrive(empty + 8 * stage.slot()); }
+  __device__ __forceinline__ void arrive_full(int lane) const { arrive_warp(full + 8 * stage.slot(), lane); }
+  __device__ __forceinline__ void arrive_empty(int lane) const { arrive_warp(empty + 8 * stage.slot(), lane); }
   __device__ __forceinline__ void advance() { stage.advance(); }
 };
 
@@ -240,8 +253,7 @@ class RowDecoder {
         if (++kept_.slot == kept_.depth) kept_.slot = 0;
         __syncwarp();
       }
-      // The compiler leaves nothing of a converged warp's __syncwarp, and racecheck then misses it; a shuffle stays.
-      if (__shfl_sync(kAllLanes, lane_, 0) == lane_) ring_.arrive_full();
+      ring_.arrive_full(lane_);
       ring_.advance();
     }
   }

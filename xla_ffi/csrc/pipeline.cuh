@@ -66,21 +66,22 @@ struct Barriers {
         item_empty(ptx::shared_address(shared.item_empty)) {}
 
   __device__ __forceinline__ void init() const {
-    constexpr int kConsumerWarps = 4 * C::kConsumers;
+    constexpr int kConsumerWarps = 4 * C::kConsumers, kGatherWarps = C::kGatherThreads / kWarp;
+    auto init = [](uint32_t barrier, int warps) { ptx::barrier_init(barrier, warps * kArrivalsPerWarp); };
     ptx::barrier_init(query_full, C::kGatherThreads);
-    ptx::barrier_init(query_empty, kConsumerWarps);
-    for (int i = 0; i < C::kConsumers; ++i) ptx::barrier_init(voted + 8 * i, 4);
+    init(query_empty, kConsumerWarps);
+    for (int i = 0; i < C::kConsumers; ++i) init(voted + 8 * i, 4);
     for (int i = 0; i < C::kStages; ++i) {
       ptx::barrier_init(tile_full + 8 * i, C::kGatherThreads);
-      ptx::barrier_init(tile_empty + 8 * i, kConsumerWarps);
+      init(tile_empty + 8 * i, kConsumerWarps);
     }
     for (int i = 0; i < C::kKeyLists; ++i) {
-      ptx::barrier_init(list_full + 8 * i, C::kDecodeWarps);
-      ptx::barrier_init(list_empty + 8 * i, C::kGatherThreads / kWarp);
+      init(list_full + 8 * i, C::kDecodeWarps);
+      init(list_empty + 8 * i, kGatherWarps);
     }
     for (int i = 0; i < C::kItems; ++i) {
       ptx::barrier_init(item_full + 8 * i, 1);
-      ptx::barrier_init(item_empty + 8 * i, C::kDecodeWarps - 1 + C::kGatherThreads / kWarp + kConsumerWarps);
+      init(item_empty + 8 * i, C::kDecodeWarps - 1 + kGatherWarps + kConsumerWarps);
     }
     ptx::barrier_init_fence();
   }
@@ -93,7 +94,7 @@ __device__ __forceinline__ WorkItem next_item(const SharedMemory<C>& shared, con
   ptx::barrier_wait(barriers.item_full + 8 * stage.slot(), stage.phase());
   const int4 raw = ptx::load_shared_int4(ptx::shared_address(&shared.items[stage.slot()]));
   __syncwarp();
-  if (lane == 0) ptx::barrier_arrive(barriers.item_empty + 8 * stage.slot());
+  arrive_warp(barriers.item_empty + 8 * stage.slot(), lane);
   stage.advance();
   return WorkItem{raw.x, raw.y, raw.z, raw.w};
 }
