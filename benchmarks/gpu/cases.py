@@ -90,6 +90,13 @@ class GpuCase:
     quick: bool = False
     device_timer: bool = False
 
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"expected `num_heads` in groups of `num_kv_heads`, got num_heads={self.num_heads} and "
+                f"num_kv_heads={self.num_kv_heads} in {self.name!r}"
+            )
+
     @property
     def num_rows(self) -> int:
         """`R`."""
@@ -109,7 +116,7 @@ class GpuCase:
 EVEN = "480p, density 0.3"
 _SPARSE = (*OURS, "fa3", *FLASHINFER)
 _BLOCKS = (*_SPARSE, *FA4_BLOCKS)
-_LARGE: dict[str, Any] = {"num_queries": 75600, "num_keys": 75600, "num_heads": 8}
+_LARGE: dict[str, Any] = {"num_queries": 75600, "num_keys": 75600, "num_heads": 8, "num_kv_heads": 8}
 _VIDEO: dict[str, Any] = {"mask": "video", "grid": (21, 30, 52)}
 
 
