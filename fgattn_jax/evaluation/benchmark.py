@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fgattn_jax.attention import attention, attention_with_lse
+from fgattn_jax.attention import attention, attention_with_lse, explain
 from fgattn_jax.evaluation.cases import (
     CPU_BENCHMARK_CASES,
     GPU_BENCHMARK_CASES,
@@ -22,7 +22,7 @@ from fgattn_jax.evaluation.cases import (
     make_inputs,
 )
 from fgattn_jax.evaluation.oracle import attention_oracle
-from fgattn_jax.evaluation.tables import Row
+from fgattn_jax.evaluation.tables import SPARSE_IMPLEMENTATIONS, Row
 from fgattn_jax.predictors import Budget, ExactPredictor, MeanQueryPredictor
 
 BENCHES = ("attention", "gradient", "predictors")
@@ -148,16 +148,20 @@ def _dense_peers(arrays) -> list[Contestant]:
 
 
 def bench_attention(case: AttentionCase, rounds: int) -> Iterator[Row]:
-    """Forward under the case's mask against dense attention."""
+    """Forward under the case's mask, by every implementation that can run it, against dense attention."""
     inputs = make_inputs(case)
     arrays = (inputs.query, inputs.key, inputs.value)
     density = float(inputs.mask.density())
-    masked = functools.partial(attention, implementation="xla")
-    sparse = Contestant("xla", _compiled(masked, *arrays, inputs.mask), density)
-    error = gate(case, inputs, sparse.run())
-    contestants = [sparse, *_dense_peers(arrays)]
+    contestants, errors = [], {}
+    for name in SPARSE_IMPLEMENTATIONS:
+        if explain(*arrays, inputs.mask, implementation=name).implementation is None:
+            continue
+        masked = functools.partial(attention, implementation=name)
+        contestants.append(Contestant(name, _compiled(masked, *arrays, inputs.mask), density))
+        errors[name] = gate(case, inputs, contestants[-1].run())
+    contestants += _dense_peers(arrays)
     for contestant, timing in zip(contestants, time_rounds(contestants, rounds), strict=True):
-        yield _row("attention", case, contestant, timing, error=error if contestant is sparse else None)
+        yield _row("attention", case, contestant, timing, error=errors.get(contestant.name))
 
 
 def bench_gradient(case: AttentionCase, rounds: int) -> Iterator[Row]:
@@ -172,8 +176,10 @@ def bench_gradient(case: AttentionCase, rounds: int) -> Iterator[Row]:
 
         return run
 
+    runs = explain(*arrays, inputs.mask).implementation
+    assert runs is not None, "some implementation runs every call"
     contestants = [
-        Contestant("xla", _compiled(pull_back(attention), *arrays, inputs.mask), None),
+        Contestant(runs, _compiled(pull_back(attention), *arrays, inputs.mask), None),
         Contestant("dense", _compiled(pull_back(attention), *arrays), None),
     ]
     for contestant, timing in zip(contestants, time_rounds(contestants, rounds), strict=True):

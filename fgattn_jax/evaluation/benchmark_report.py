@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgattn_jax.evaluation.tables import Row, format_markdown
+from fgattn_jax.evaluation.tables import SPARSE_IMPLEMENTATIONS, Row, format_markdown
 
 README_MARKS = ("<!-- benchmarks:begin (written by `fgattn bench`; do not edit) -->", "<!-- benchmarks:end -->")
 
@@ -149,7 +149,8 @@ def update_readme(rows: Sequence[Row], path: Path) -> bool:
         return False
     tables = []
     for members in _runs(rows):
-        lines = [line for line in attention_lines(members) if line[1] == "xla" and line[0].count(",") == 1]
+        sparse = (line for line in attention_lines(members) if line[1] in SPARSE_IMPLEMENTATIONS)
+        lines = [line for line in sparse if line[0].count(",") == 1]
         if lines:
             first = members[0]
             table = format_markdown(
