@@ -65,8 +65,9 @@ def test_contestants_take_turns_and_the_first_round_does_not_count():
 
 
 def line(density: float, ms: float) -> dict:
-    case = f"4096 tokens, density {density:g}"
-    return {"bench": "attention", "implementation": "xla", "mask": "random", "case": case, "density": density, "ms": ms}
+    sizes = dict.fromkeys(("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "query_block"), 64)
+    case = {"case": f"4096 tokens, density {density:g}", "mask": "random", "dtype": "bfloat16", **sizes}
+    return {"bench": "attention", "implementation": "xla", "density": density, "ms": ms, **case}
 
 
 def test_linearity_measures_the_distance_from_the_best_line():
@@ -75,6 +76,9 @@ def test_linearity_measures_the_distance_from_the_best_line():
     bent = [*exact[:-1], line(0.5, 120)]
     assert benchmark_report.linearity(bent)[2] > 0.1
     assert benchmark_report.linearity(exact[:2]) is None
+    assert benchmark_report.linearity(exact, "cuda") is None
+    other_size = line(0.3, 1) | {"queries": 128}
+    assert benchmark_report.linearity([*exact, other_size]) == pytest.approx((10, 100, 0), abs=1e-9)
 
 
 def test_documents_are_made_from_rows(rows, tmp_path):

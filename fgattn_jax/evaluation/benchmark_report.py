@@ -10,6 +10,7 @@ from fgattn_jax.evaluation.tables import SPARSE_IMPLEMENTATIONS, Row, format_mar
 README_MARKS = ("<!-- benchmarks:begin (written by `fgattn bench`; do not edit) -->", "<!-- benchmarks:end -->")
 
 _DENSE = ("jax_nn", "cudnn", "dense")
+_SIZES = ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "query_block", "dtype")
 
 
 def _runs(rows: Sequence[Row]) -> list[list[Row]]:
@@ -62,22 +63,23 @@ def _is_even_case(row: Row) -> bool:
     return row["case"].count(",") == 1  # "4096 tokens, density 0.2": nothing but the density changes
 
 
-def linearity(rows: Sequence[Row]) -> tuple[float, float, float] | None:
-    """Fit time = fixed + slope * kept share over the even random cases from 0.05 to 0.5 of `xla`.
+def linearity(rows: Sequence[Row], implementation: str = "xla") -> tuple[float, float, float] | None:
+    """Fit time = fixed + slope * kept share over the even random cases from 0.05 to 0.5, of the first case's sizes.
 
     Returns:
         Fixed milliseconds, milliseconds at density 1, and the largest relative distance of a case from the line
         (weighted fit of relative errors); None with fewer than three cases.
     """
-    points = [
-        (row["density"], row["ms"])
+    even = [
+        row
         for row in rows
         if row["bench"] == "attention"
-        and row["implementation"] == "xla"
+        and row["implementation"] == implementation
         and row["mask"] == "random"
         and row["density"] <= 0.51
         and _is_even_case(row)
     ]
+    points = [(row["density"], row["ms"]) for row in even if all(row[k] == even[0][k] for k in _SIZES)]
     if len(points) < 3:
         return None
     density, ms = np.array(points).T
@@ -111,11 +113,13 @@ def _section(rows: Sequence[Row]) -> str:
             "TFLOP/s count the kept slices only: `4 * B * N * T * S * H * density / time`.",
             format_markdown(["case", "implementation", "density", "ms, median (10-90 %)", "TFLOP/s", "speed"], lines),
         ]
-    if (fit := linearity(rows)) is not None:
+    for name in SPARSE_IMPLEMENTATIONS:
+        if (fit := linearity(rows, name)) is None:
+            continue
         fixed, slope, distance = fit
         parts.append(
-            f"Time of `xla` over density from 0.05 to 0.5: {fixed:.1f} ms + {slope:.0f} ms x density; the farthest "
-            f"case lies {100 * distance:.0f} % from this line."
+            f"Time of `{name}` over density up to 0.5: {fixed:.3g} ms + {slope:.3g} ms x density; the farthest case "
+            f"lies {100 * distance:.0f} % from this line."
         )
     titles = {"gradient": "Forward and backward", "predictors": "Mask making"}
     for bench, title in titles.items():
