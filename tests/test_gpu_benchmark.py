@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import inputs, masks, protocol, run, summary
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cases import BREAK_EVEN_BAR, CASES, EVEN, FLASHINFER, OURS, Bar, GpuCase, cases_of
 from fgattn_jax import masks as public_masks
 from fgattn_jax import query_order
@@ -112,6 +113,10 @@ class TestCases:
         assert {case.density for case in cases_of(quick=True)} == {0.1, 0.3, 0.5, 1.0}
         with pytest.raises(ValueError, match=r"'480p, density 0\.31'"):
             cases_of(quick=False, names=("480p, density 0.31",))
+
+    def test_heads_come_in_groups_of_key_heads(self):
+        with pytest.raises(ValueError, match="num_heads=8 and num_kv_heads=12 in 'wrong'"):
+            GpuCase("wrong", num_heads=8)
 
     def test_a_case_survives_the_way_to_a_worker(self):
         files = inputs.CaseFiles(Path("x"), {"bits": "x/bits.npy"}, 0.3, (0, 5))
@@ -243,6 +248,14 @@ class TestSummary:
         assert "flashinfer_fused: 2.500 ms beside" in text
         assert "timers differ: 480p, density 0.3, flashinfer_fused" in text
         assert "480p, full, fa4: missing: no cutlass" in text
+
+    def test_the_readme_shows_the_last_run(self, capsys):
+        assert main(["--summary"]) == 0
+        printed = [line for line in capsys.readouterr().out.splitlines() if line]
+        readme = (Path(__file__).resolve().parents[1] / "benchmarks" / "README.md").read_text()
+        shown = readme.split("### The last run")[1].split("```")[1].strip().splitlines()
+        notes = [line for line in printed if ": missing: " in line or ": failed: " in line]
+        assert shown == [line for line in printed if line not in notes], "paste `python -m benchmarks.gpu --summary`"
 
     def test_nothing_measured_is_said_and_nothing_invented(self):
         missing = [_row(name, EVEN, 1, ms=None, tflops=None, status="missing", note="none") for name in (*OURS, "fa3")]

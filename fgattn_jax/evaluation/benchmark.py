@@ -22,8 +22,9 @@ from fgattn_jax.evaluation.cases import (
     make_inputs,
 )
 from fgattn_jax.evaluation.oracle import attention_oracle
-from fgattn_jax.evaluation.tables import SPARSE_IMPLEMENTATIONS, Row
+from fgattn_jax.evaluation.tables import Row
 from fgattn_jax.predictors import Budget, ExactPredictor, MeanQueryPredictor
+from fgattn_jax.types import IMPLEMENTATIONS
 
 BENCHES = ("attention", "gradient", "predictors")
 """Names of the benches, in the order in which they run."""
@@ -148,13 +149,13 @@ def _dense_peers(arrays) -> list[Contestant]:
 
 
 def bench_attention(case: AttentionCase, rounds: int) -> Iterator[Row]:
-    """Forward under the case's mask, by every implementation that can run it, against dense attention."""
+    """Forward under the case's mask, by all that can run it but `reference`, against dense attention."""
     inputs = make_inputs(case)
     arrays = (inputs.query, inputs.key, inputs.value)
     density = float(inputs.mask.density())
     contestants, errors = [], {}
-    for name in SPARSE_IMPLEMENTATIONS:
-        if explain(*arrays, inputs.mask, implementation=name).implementation is None:
+    for name in IMPLEMENTATIONS:
+        if name == "reference" or explain(*arrays, inputs.mask, implementation=name).implementation is None:
             continue
         masked = functools.partial(attention, implementation=name)
         contestants.append(Contestant(name, _compiled(masked, *arrays, inputs.mask), density))

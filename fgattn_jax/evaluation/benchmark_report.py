@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fgattn_jax.evaluation.tables import SPARSE_IMPLEMENTATIONS, Row, format_markdown
+from fgattn_jax.evaluation.tables import Row, format_markdown
+from fgattn_jax.types import IMPLEMENTATIONS
 
 README_MARKS = ("<!-- benchmarks:begin (written by `fgattn bench`; do not edit) -->", "<!-- benchmarks:end -->")
 
@@ -113,7 +114,7 @@ def _section(rows: Sequence[Row]) -> str:
             "TFLOP/s count the kept slices only: `4 * B * N * T * S * H * density / time`.",
             format_markdown(["case", "implementation", "density", "ms, median (10-90 %)", "TFLOP/s", "speed"], lines),
         ]
-    for name in SPARSE_IMPLEMENTATIONS:
+    for name in IMPLEMENTATIONS:
         if (fit := linearity(rows, name)) is None:
             continue
         fixed, slope, distance = fit
@@ -153,7 +154,7 @@ def update_readme(rows: Sequence[Row], path: Path) -> bool:
         return False
     tables = []
     for members in _runs(rows):
-        sparse = (line for line in attention_lines(members) if line[1] in SPARSE_IMPLEMENTATIONS)
+        sparse = (line for line in attention_lines(members) if line[1] in IMPLEMENTATIONS)
         lines = [line for line in sparse if line[0].count(",") == 1]
         if lines:
             first = members[0]

@@ -8,11 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fgattn_jax.types import Implementation
-
-SPARSE_IMPLEMENTATIONS: tuple[Implementation, ...] = ("cuda", "pallas", "xla")
-"""What is timed under masks, in the order of tables: all but `reference`."""
-
 Row = dict[str, Any]
 """One measurement: names to numbers, texts, booleans or None."""
 
