@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import re
 
 import numpy as np
 import pytest
 from cuda_cases import ALL_VARIANTS, edge_counts, rows_with_counts
 from cuda_emulation import emulator as emulation
 from cuda_emulation.calls import Call, assert_right, from_case, make_call, random_arrays, random_call, random_rows, run
+from gpu_ledger import SOURCES
 
 by_block = pytest.mark.parametrize("query_block", [64, 128])
 by_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -87,12 +89,17 @@ def test_seeds_change_the_order_of_events_and_no_bit_of_the_result(emulator, dty
         assert_same(run(emulator, call, seed=seed, num_sms=1 + seed % 4), first)
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5, 0.6, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0])
 def test_pairs_of_rows_at_every_overlap(emulator, overlap):
-    call = make_call(random_rows(6, 600, 0.2, overlap=overlap), 64)
+    rows = random_rows(6, 600, 0.2, overlap=overlap)
+    call = make_call(rows, 64)
     result = run(emulator, call, num_sms=2)
     assert_right(call, result)
-    assert result.rows_left == (0 if overlap >= 0.9 else 6)
+    pays = float(re.findall(r"kPairPays = ([0-9.]+)f", (SOURCES / "config.cuh").read_text())[0])
+    pairs = rows.reshape(3, 2, -1)
+    apart = pairs.any(1).sum(-1) > pays * pairs.sum((1, 2))
+    assert result.rows_left == 2 * apart.sum()
+    assert apart.all() if overlap <= 0.6 else not apart.any() if overlap >= 0.9 else True
 
 
 @pytest.mark.parametrize("missing", [0, 40])
