@@ -1,28 +1,68 @@
 """Which calls the Pallas Mosaic GPU kernel can run, and in words why not."""
 
+import re
 
-def unsupported_reasons(*, head_dim: int, query_block: int, dtype: str, platform: str) -> tuple[str, ...]:
+# No kernel runs by itself before it passed its tests on a GPU: tests/test_gpu_ledger.py allows True only when
+# tests/gpu_ledger.json holds such a run of exactly these sources.
+RELEASED = False
+
+COMPUTE_CAPABILITY = "9.0"
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 128)
+QUERY_BLOCKS = (64, 128)
+OLDEST_JAX = (0, 11, 2)
+
+
+def unsupported_reasons(
+    *, head_dim: int, query_block: int, dtype: str, platform: str, compute_capability: str | None = None
+) -> tuple[str, ...]:
     """Says why the Pallas Mosaic GPU kernel cannot run a call.
 
-    It never raises and looks at nothing but its arguments: no device is queried, no library is loaded.
+    It never raises, queries no device and does not import Pallas.
 
     Args:
         head_dim: Width of a head (`H`).
         query_block: Queries per slice (`M`).
         dtype: Name of the dtype of query, key and value, as `"bfloat16"`.
         platform: Where the call would run, as JAX names it: `"cpu"`, `"gpu"`, `"cuda"`, `"rocm"` or `"tpu"`.
+        compute_capability: Of the GPU, as `"9.0"`; None off NVIDIA GPUs or where it is not known.
 
     Returns:
-        One sentence per reason; empty if the call is supported. This release ships no such kernel, so the first
-        reason always holds.
+        One sentence per reason; empty if the call is supported.
     """
-    reasons = ["this release ships no Pallas Mosaic GPU kernel; `implementation='xla'` runs this call on every device"]
+    reasons = []
+    if not RELEASED:
+        reasons.append("the Pallas kernel of this version has not passed its tests on a GPU yet")
+    reasons.extend(version_reasons())
     if platform not in ("gpu", "cuda"):
-        reasons.append(f"it will need an NVIDIA GPU of the Hopper generation, and platform={platform!r}")
-    if dtype not in ("bfloat16", "float16"):
-        reasons.append(f"it will take bfloat16 or float16, and dtype={dtype!r}")
-    if head_dim not in (64, 128):
-        reasons.append(f"it will take head widths 64 and 128, and head_dim={head_dim}")
-    if query_block not in (64, 128):
-        reasons.append(f"it will take 64 or 128 queries per slice, and query_block={query_block}")
+        reasons.append(f"it needs an NVIDIA GPU of the Hopper generation, and platform={platform!r}")
+    elif compute_capability != COMPUTE_CAPABILITY:
+        reasons.append(
+            f"it needs a GPU of the Hopper generation (compute_capability={COMPUTE_CAPABILITY!r}), "
+            f"and compute_capability={compute_capability!r}"
+        )
+    reasons.extend(argument_reasons(head_dim=head_dim, query_block=query_block, dtype=dtype))
+    return tuple(reasons)
+
+
+def version_reasons() -> tuple[str, ...]:
+    """Why the installed JAX cannot make the kernel; empty if it can."""
+    import jax
+
+    installed = tuple(int(number) for number in re.findall(r"\d+", jax.__version__)[:3])
+    if installed >= OLDEST_JAX:
+        return ()
+    oldest = ".".join(map(str, OLDEST_JAX))
+    return (f"it needs jax {oldest} or newer (Python 3.12 or newer), and jax {jax.__version__} is installed",)
+
+
+def argument_reasons(*, head_dim: int, query_block: int, dtype: str) -> tuple[str, ...]:
+    """The reasons of `unsupported_reasons` that lie in the arguments alone, whatever the machine."""
+    reasons = []
+    if dtype not in DTYPES:
+        reasons.append(f"it takes bfloat16 or float16, and dtype={dtype!r}")
+    if head_dim not in HEAD_DIMS:
+        reasons.append(f"it takes head widths 64 and 128, and head_dim={head_dim}")
+    if query_block not in QUERY_BLOCKS:
+        reasons.append(f"it takes 64 or 128 queries per slice, and query_block={query_block}")
     return tuple(reasons)

@@ -95,20 +95,3 @@ def test_the_package_links_to_the_top_level_folders(name):
     assert str(link.readlink()) == f"../{name}"
     assert (ROOT / name).is_dir()
     assert not (ROOT / name).is_symlink()
-
-
-@pytest.mark.parametrize("name", ["pallas_kernels"])  # tests/test_xla_ffi_support.py: the CUDA kernel
-def test_kernels_say_in_words_that_they_are_not_here(name, run_python):
-    code = f"""
-import sys
-from fgattn_jax.{name}.support import unsupported_reasons
-print(*unsupported_reasons(head_dim=48, query_block=16, dtype="float32", platform="cpu"), sep="\\n")
-print(len(unsupported_reasons(head_dim=64, query_block=64, dtype="bfloat16", platform="gpu")))
-print("jax" in sys.modules)
-"""
-    *reasons, on_gpu, jax_loaded = run_python(code).splitlines()
-    assert "ships no" in reasons[0]
-    assert "`implementation='xla'`" in reasons[0]
-    for value in ("platform='cpu'", "dtype='float32'", "head_dim=48", "query_block=16"):
-        assert sum(value in reason for reason in reasons) == 1
-    assert (on_gpu, jax_loaded) == ("1", "False")
