@@ -8,12 +8,13 @@ import jax
 from jaxtyping import Array, Float
 
 from fgattn_jax import _validation, dispatch
-from fgattn_jax.implementations import cuda, dense, reference, transforms, xla
+from fgattn_jax.implementations import cuda, dense, pallas, reference, transforms, xla
 from fgattn_jax.implementations.spec import CallSpec
 from fgattn_jax.masks import SliceMask
 from fgattn_jax.types import Implementation
 
 _XLA = transforms.KernelPair(xla.forward, xla.backward)
+_HOPPER = {"cuda": cuda, "pallas": pallas}
 
 
 class AttentionOutput(NamedTuple):
@@ -187,7 +188,7 @@ def _run_cudnn(query, key, value, scale: float) -> Array:
 
 def _named(name: str, implementation: str | None) -> bool:
     """Whether the program must fail rather than run another implementation where it is lowered for another platform."""
-    return name == "cuda" and implementation is not None
+    return name in _HOPPER and implementation is not None
 
 
 @functools.partial(jax.jit, static_argnames=("name", "scale", "named"))
@@ -198,6 +199,6 @@ def _run(name: str, query, key, value, mask: SliceMask | None, scale: float, *, 
     static = {"scale": scale, "query_block": mask.query_block}
     if name == "reference":
         return AttentionOutput(*reference.masked(query, key, value, mask.bits, mask.query_order, **static))
-    pair = _XLA if name == "xla" else (cuda.NAMED if named else cuda.CHOSEN)
+    pair = _XLA if name == "xla" else (_HOPPER[name].NAMED if named else _HOPPER[name].CHOSEN)
     arrays = (query, key, value, mask.bits, mask.query_order, mask.work_order)
     return AttentionOutput(*transforms.apply(pair, *arrays, **static))

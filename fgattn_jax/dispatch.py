@@ -50,11 +50,8 @@ def unsupported_reasons(name: str, spec: CallSpec) -> tuple[str, ...]:
         return ()
     if spec.query_block is None:
         return ("it runs masks only; without a mask attention is dense, and `xla` takes the fastest dense path",)
-    if name == "pallas":
-        return pallas_support.unsupported_reasons(
-            head_dim=spec.head_dim, query_block=spec.query_block, dtype=spec.dtype, platform=spec.platform
-        )
-    return cuda_support.unsupported_reasons(
+    support = cuda_support if name == "cuda" else pallas_support
+    return support.unsupported_reasons(
         head_dim=spec.head_dim,
         query_block=spec.query_block,
         dtype=spec.dtype,

@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--allow-unreleased",
         action="store_true",
-        help="let implementation='cuda' run before its release",
+        help="let the kernels for Hopper GPUs run before their release",
     )
     group.addoption(
         "--write-ledger", action="store_true", help="record the run in tests/gpu_ledger.json if all of it passed"
@@ -45,9 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(gpu_ledger.Tally(), "gpu_tally")
     config.addinivalue_line("markers", "two_gpus: left out, not skipped, where JAX finds fewer than two GPUs")
     if option("--allow-unreleased"):
-        from fgattn_jax.xla_ffi import support
+        from fgattn_jax.pallas_kernels import support as pallas_support
+        from fgattn_jax.xla_ffi import support as cuda_support
 
-        support.RELEASED = True
+        pallas_support.RELEASED = cuda_support.RELEASED = True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,7 @@
-"""The GPU ledger: which kernel sources passed their tests on a GPU. Written by `--write-ledger`, never by hand."""
+"""The GPU ledger: which kernels' sources passed their tests on a GPU. Written by `--write-ledger`, never by hand.
+
+A run counts for every kernel of which it holds enough tests: `-k pallas` runs those of one alone.
+"""
 
 import datetime
 import hashlib
@@ -16,10 +19,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "xla_ffi" / "csrc"
 LEDGER = ROOT / "tests" / "gpu_ledger.json"
+PALLAS_SOURCES = ROOT / "pallas_kernels"
+KERNELS = ("cuda", "pallas")
 MINIMUM_PASSED = 1450
-"""GPU tests that a run must hold to count; below what `-m gpu` collects on a machine with one GPU."""
+"""GPU tests of a kernel that a run must hold to count; below what `-m gpu` collects on a machine with one GPU."""
 
 _SUFFIXES = {".cc", ".cu", ".cuh", ".h"}
+_HASH_NAMES = {"cuda": "source_hash", "pallas": "pallas_hash"}
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
 
 
@@ -33,6 +39,7 @@ class Tally:
     def __init__(self) -> None:
         self.num_passed = 0
         self.gpu_passed: Counter[str] = Counter()  # per test file
+        self.kernel_passed: Counter[str] = Counter()  # of those, by the kernel that the test's parameters name
         self.not_passed: list[str] = []  # failures and errors of any test, skips of GPU tests
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -43,6 +50,9 @@ class Tally:
             self.num_passed += 1
             if on_gpu:
                 self.gpu_passed[report.nodeid.partition("::")[0]] += 1
+                named = re.search(rf"[\[-]({'|'.join(KERNELS)})[\]-]", report.nodeid)
+                if named:
+                    self.kernel_passed[named[1]] += 1
 
 
 def source_hash(folder: Path = SOURCES) -> str:
@@ -53,6 +63,16 @@ def source_hash(folder: Path = SOURCES) -> str:
     """
     files = sorted((f for f in folder.iterdir() if f.suffix in _SUFFIXES), key=lambda f: f.name)
     lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def pallas_hash(folder: Path = PALLAS_SOURCES) -> str:
+    """SHA-256 of the same kind of lines for the Python sources of the Pallas kernel, with paths inside the folder.
+
+    Without `support.py`, which says whether the kernel is released, and the tuned configs, which are data.
+    """
+    files = sorted(f for f in folder.rglob("*.py") if f != folder / "support.py")
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -85,18 +105,26 @@ def entry_errors(entry: dict[str, Any]) -> list[str]:
     return errors
 
 
-def release_errors(runs: list[dict[str, Any]], wanted_hash: str) -> list[str]:
+def passed_of(entry: dict[str, Any], kernel: str) -> int:
+    """GPU tests of a kernel that a run passed. Entries from before there were two kernels are of `cuda` alone."""
+    if "kernels" not in entry:
+        return entry["passed"] if kernel == "cuda" else 0
+    return entry["kernels"].get(kernel, 0)
+
+
+def release_errors(runs: list[dict[str, Any]], wanted_hash: str, kernel: str = "cuda") -> list[str]:
     """Why the kernel of these sources may not be released; empty if a run in the ledger covers them."""
-    of_these = [run for run in runs if run.get("source_hash") == wanted_hash]
+    of_these = [run for run in runs if run.get(_HASH_NAMES[kernel]) == wanted_hash]
     if not of_these:
-        return [f"the ledger has no GPU run of the present sources (source_hash={wanted_hash})"]
+        return [f"the ledger has no GPU run of the present sources ({_HASH_NAMES[kernel]}={wanted_hash})"]
     every = []
     for run in of_these:
         errors = entry_errors(run)
         if not errors and run["failed"]:
             errors.append(f"failed={run['failed']}")
-        if not errors and run["passed"] < MINIMUM_PASSED:
-            errors.append(f"passed={run['passed']}, and a run must pass at least {MINIMUM_PASSED} GPU tests")
+        passed = passed_of(run, kernel)
+        if not errors and passed < MINIMUM_PASSED:
+            errors.append(f"passed={passed}, and a run must pass at least {MINIMUM_PASSED} GPU tests of `{kernel}`")
         if not errors and run["compute_capability"] != "9.0":
             errors.append(f"expected a run on compute_capability='9.0', got {run['compute_capability']!r}")
         if not errors:
@@ -106,17 +134,19 @@ def release_errors(runs: list[dict[str, Any]], wanted_hash: str) -> list[str]:
 
 
 def record(tally: Tally, *, clean: bool, path: Path = LEDGER) -> dict[str, Any]:
-    """Add the run to the ledger, in place of an older one of the same sources and kind of device.
+    """Add the run to the ledger, in place of older ones of the same sources, kernels and kind of device.
 
     Raises:
         NotRecordedError: Something did not pass, too few tests ran, or the library is of other sources.
     """
     if not clean or tally.not_passed:
         raise NotRecordedError(f"not everything passed: {tally.not_passed[:5] or 'see above'}")
-    passed = sum(tally.gpu_passed.values())
-    if passed < MINIMUM_PASSED:
-        raise NotRecordedError(f"expected at least {MINIMUM_PASSED} passed GPU tests, got {passed}")
-    present, built = source_hash(), _hash_of_library()
+    kernels = {name: tally.kernel_passed[name] for name in KERNELS if tally.kernel_passed[name] >= MINIMUM_PASSED}
+    if not kernels:
+        raise NotRecordedError(
+            f"expected at least {MINIMUM_PASSED} passed GPU tests of a kernel, got {dict(tally.kernel_passed) or 0}"
+        )
+    present, built = source_hash(), _hash_of_library() if "cuda" in kernels else source_hash()
     if built != present:
         raise NotRecordedError(
             f"the library under test was built from other sources: expected source_hash={present}, got {built!r}; "
@@ -124,12 +154,15 @@ def record(tally: Tally, *, clean: bool, path: Path = LEDGER) -> dict[str, Any]:
         )
     entry = {
         "source_hash": present,
+        "pallas_hash": pallas_hash(),
+        "kernels": kernels,
         **_machine(),
-        "passed": passed,
+        "passed": sum(tally.gpu_passed.values()),
         "failed": 0,
         "tests": dict(sorted(tally.gpu_passed.items())),
     }
-    others = [run for run in read(path) if (run["source_hash"], run["device"]) != (present, entry["device"])]
+    same = ("source_hash", "pallas_hash", "device", "kernels")
+    others = [run for run in read(path) if [run.get(name) for name in same] != [entry[name] for name in same]]
     path.write_text(json.dumps({"runs": [*others, entry]}, indent=2) + "\n")
     return entry
 

@@ -15,8 +15,10 @@ from fgattn_jax.evaluation.cases import SMALL_CASES, AttentionCase, make_inputs
 from fgattn_jax.evaluation.oracle import attention_oracle, gradient_oracle, kept_keys
 from fgattn_jax.masks import from_rows
 
+HOPPER = ("cuda", "pallas")
 by_implementation = pytest.mark.parametrize(
-    "implementation", ["reference", "xla", pytest.param("cuda", marks=pytest.mark.gpu)]
+    "implementation",
+    ["reference", "xla", *(pytest.param(name, marks=pytest.mark.gpu) for name in HOPPER)],
 )
 by_dense_implementation = pytest.mark.parametrize("implementation", ["reference", "xla"])
 by_case = pytest.mark.parametrize("case", SMALL_CASES, ids=lambda c: c.name.replace(" ", "_"))
@@ -27,7 +29,7 @@ run = jax.jit(attention_with_lse, static_argnames=("scale", "implementation"))
 
 def fitting(case: AttentionCase, implementation: str) -> AttentionCase:
     """The case in a dtype, head width and row size that the implementation takes: none is left out."""
-    return for_cuda(case) if implementation == "cuda" else case
+    return for_cuda(case) if implementation in HOPPER else case
 
 
 def assert_same_gradients(first, second):
@@ -232,7 +234,7 @@ def test_extreme_scores_stay_exact(size: float, implementation: str):
 
 @by_implementation
 def test_scores_that_overflow_to_minus_infinity_weigh_nothing(implementation: str):
-    width, dtype = (64, jnp.bfloat16) if implementation == "cuda" else (16, jnp.float32)
+    width, dtype = (64, jnp.bfloat16) if implementation in HOPPER else (16, jnp.float32)
     query = jnp.full((1, width, 1, width), 3e38, dtype)
     key = jnp.stack([jnp.full((width,), -1.0), jnp.zeros(width), jnp.zeros(width)])[None, :, None].astype(dtype)
     value = (jnp.arange(3.0)[None, :, None, None] * jnp.ones((1, 3, 1, width))).astype(dtype)
@@ -266,9 +268,9 @@ def test_a_full_mask_equals_dense_attention(implementation: str):
     inputs = make_inputs(case)
     masked = run(inputs.query, inputs.key, inputs.value, inputs.mask, implementation=implementation)
     dense = run(
-        inputs.query, inputs.key, inputs.value, implementation=None if implementation == "cuda" else implementation
+        inputs.query, inputs.key, inputs.value, implementation=None if implementation in HOPPER else implementation
     )
-    bound = CEILING[case.dtype] if implementation == "cuda" else 5e-6
+    bound = CEILING[case.dtype] if implementation in HOPPER else 5e-6
     chex.assert_trees_all_close(masked, dense, atol=bound)
     with jax.default_matmul_precision("highest"):  # GPUs would take TF32
         theirs = jax.nn.dot_product_attention(inputs.query, inputs.key, inputs.value)

@@ -154,8 +154,9 @@ def check(number: int, implementation: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("number", range(NUM_CASES))
-def test_random_calls_match_the_oracle(number):
-    check(number, "cuda")
+@pytest.mark.parametrize("kernel", ["cuda", "pallas"])
+def test_random_calls_match_the_oracle(kernel, number):
+    check(number, kernel)
     if number % 50 == 49:
         jax.clear_caches()  # every case is a program of its own
 

@@ -8,7 +8,9 @@ import gpu_ledger
 import pytest
 from gpu_ledger import MINIMUM_PASSED, NotRecordedError, Tally
 
-from fgattn_jax.xla_ffi import library, support
+from fgattn_jax.pallas_kernels import support as pallas_support
+from fgattn_jax.xla_ffi import library
+from fgattn_jax.xla_ffi import support as cuda_support
 
 GOOD = {
     "source_hash": "ab" * 32,
@@ -24,21 +26,33 @@ GOOD = {
 }
 
 
-def released_in_the_sources() -> bool:
+by_kernel = pytest.mark.parametrize(
+    ("kernel", "folder", "module", "present"),
+    [
+        ("cuda", "xla_ffi", cuda_support, gpu_ledger.source_hash),
+        ("pallas", "pallas_kernels", pallas_support, gpu_ledger.pallas_hash),
+    ],
+    ids=["cuda", "pallas"],
+)
+
+
+def released_in_the_sources(folder: str) -> bool:
     """What the file says; `--allow-unreleased` changes the module."""
-    text = (gpu_ledger.ROOT / "xla_ffi" / "support.py").read_text()
+    text = (gpu_ledger.ROOT / folder / "support.py").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("RELEASED")]
     assert line in ("RELEASED = True", "RELEASED = False")
     return line.endswith("True")
 
 
-def test_a_released_kernel_has_passed_its_gpu_tests_with_exactly_these_sources():
-    if released_in_the_sources():
-        assert gpu_ledger.release_errors(gpu_ledger.read(), gpu_ledger.source_hash()) == []
+@by_kernel
+def test_a_released_kernel_has_passed_its_gpu_tests_with_exactly_these_sources(kernel, folder, module, present):
+    if released_in_the_sources(folder):
+        assert gpu_ledger.release_errors(gpu_ledger.read(), present(), kernel) == []
 
 
-def test_the_module_says_what_its_source_says(request):
-    assert (released_in_the_sources() or request.config.getoption("--allow-unreleased")) == support.RELEASED
+@by_kernel
+def test_the_module_says_what_its_source_says(request, kernel, folder, module, present):
+    assert (released_in_the_sources(folder) or request.config.getoption("--allow-unreleased")) == module.RELEASED
 
 
 def test_all_entries_are_well_formed():
@@ -70,6 +84,31 @@ def test_one_whole_run_is_enough_and_an_empty_ledger_is_not():
     assert gpu_ledger.release_errors([], GOOD["source_hash"])
 
 
+def test_a_run_counts_for_the_kernels_of_which_it_holds_enough():
+    other = "cd" * 32
+    both = GOOD | {"pallas_hash": other, "kernels": {"pallas": MINIMUM_PASSED}}
+    assert gpu_ledger.release_errors([both], other, "pallas") == []
+    assert "passed=0" in gpu_ledger.release_errors([both], GOOD["source_hash"], "cuda")[0]
+    assert "pallas_hash=" in gpu_ledger.release_errors([GOOD], other, "pallas")[0]
+    few = both | {"kernels": {"pallas": MINIMUM_PASSED - 1}}
+    assert "GPU tests of `pallas`" in gpu_ledger.release_errors([few], other, "pallas")[0]
+
+
+def test_the_pallas_hash_covers_every_source_but_support(tmp_path):
+    folder = tmp_path / "pallas_kernels"
+    shutil.copytree(gpu_ledger.PALLAS_SOURCES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    seen = {gpu_ledger.pallas_hash(folder)}
+    assert seen == {gpu_ledger.pallas_hash()}
+    (folder / "support.py").write_text("changed")
+    assert seen == {gpu_ledger.pallas_hash(folder)}
+    sources = [f for f in sorted(folder.rglob("*.py")) if f.name != "support.py"]
+    for source in sources:
+        source.write_bytes(source.read_bytes() + b"\n")
+        seen.add(gpu_ledger.pallas_hash(folder))
+    assert len(seen) == len(sources) + 1
+    assert {f.name for f in sources} >= {"attention.py", "kernel.py", "config.py", "gather.py"}
+
+
 def test_the_hash_covers_every_source_and_its_name(tmp_path):
     folder = tmp_path / "csrc"
     shutil.copytree(gpu_ledger.SOURCES, folder)
@@ -87,7 +126,7 @@ def test_the_hash_covers_every_source_and_its_name(tmp_path):
     assert len(seen) == len(sources) + 2
 
 
-def report(nodeid="tests/test_a.py::test", *, outcome="passed", when="call", gpu=True):
+def report(nodeid="tests/test_a.py::test[cuda]", *, outcome="passed", when="call", gpu=True):
     keywords = {"gpu": 1} if gpu else {}
     flags = {name: outcome == name for name in ("passed", "failed", "skipped")}
     return SimpleNamespace(nodeid=nodeid, when=when, keywords=keywords, **flags)
@@ -97,7 +136,7 @@ def whole_run() -> Tally:
     tally = Tally()
     for number in range(MINIMUM_PASSED):
         tally.pytest_runtest_logreport(report(when="setup"))
-        tally.pytest_runtest_logreport(report(f"tests/test_{number % 2}.py::test"))
+        tally.pytest_runtest_logreport(report(f"tests/test_{number % 2}.py::test[cuda]"))
     return tally
 
 
@@ -150,7 +189,9 @@ def test_a_run_that_is_short_or_of_another_library_is_not_recorded(machine, monk
     for _ in range(MINIMUM_PASSED):
         short.pytest_runtest_logreport(report(gpu=False))
     assert short.num_passed == MINIMUM_PASSED + 1
-    with pytest.raises(NotRecordedError, match=f"at least {MINIMUM_PASSED} passed GPU tests, got 1"):
+    with pytest.raises(
+        NotRecordedError, match=f"at least {MINIMUM_PASSED} passed GPU tests of a kernel, got {{'cuda': 1}}"
+    ):
         gpu_ledger.record(short, clean=True, path=path)
     monkeypatch.setattr(gpu_ledger, "_hash_of_library", lambda: "")
     with pytest.raises(NotRecordedError, match="built from other sources: expected source_hash="):

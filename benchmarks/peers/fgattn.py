@@ -12,8 +12,8 @@ from benchmarks.gpu.inputs import CaseFiles
 from benchmarks.peers.base import Fetched, Program
 from benchmarks.peers.jax_side import AbstractJaxPeer, fetch_queries, load
 from fgattn_jax.masks import SliceMask
+from fgattn_jax.pallas_kernels import attention as pallas_attention
 from fgattn_jax.pallas_kernels import support as pallas_support
-from fgattn_jax.types import Implementation
 from fgattn_jax.xla_ffi import attention as cuda_attention
 from fgattn_jax.xla_ffi import support as cuda_support
 
@@ -22,7 +22,7 @@ class FgattnPeer(AbstractJaxPeer):
     """`cuda`, `pallas` and `xla`, each with its LSE.
 
     Args:
-        allow_unreleased: Let the CUDA kernel of this process run although its tests on a GPU are not recorded.
+        allow_unreleased: Let our kernels in this process run although their tests on a GPU are not recorded.
     """
 
     names = ("cuda", "pallas", "xla")
@@ -30,7 +30,7 @@ class FgattnPeer(AbstractJaxPeer):
     def __init__(self, *, allow_unreleased: bool):
         super().__init__()
         if allow_unreleased:
-            cuda_support.RELEASED = True
+            pallas_support.RELEASED = cuda_support.RELEASED = True
 
     def why_not(self, name: str, case: GpuCase) -> str | None:
         """See `AbstractPeer.why_not`."""
@@ -39,9 +39,7 @@ class FgattnPeer(AbstractJaxPeer):
         support = cuda_support if name == "cuda" else pallas_support
         device = jax.devices()[0]
         facts: dict[str, Any] = {"head_dim": case.head_dim, "query_block": case.query_block, "dtype": case.dtype}
-        facts |= {"platform": device.platform}
-        if name == "cuda":
-            facts |= {"compute_capability": getattr(device, "compute_capability", None)}
+        facts |= {"platform": device.platform, "compute_capability": getattr(device, "compute_capability", None)}
         return "; ".join(support.unsupported_reasons(**facts)) or None
 
     def prepare(self, name: str, case: GpuCase, files: CaseFiles) -> Program:
@@ -52,37 +50,43 @@ class FgattnPeer(AbstractJaxPeer):
                 self._arrays["query_order"] = load(files, "query_order")[None, None]  # [1, 1, T]
         bits, order = self._arrays["bits"], self._arrays.get("query_order")
         qkv = self.qkv(case, files)
-        if name == "cuda":
-            return self._cuda(case, qkv, bits, order)
-        implementation: Implementation = "pallas" if name == "pallas" else "xla"
+        if name != "xla":
+            return self._kernel(name, case, qkv, bits, order)
         mask = SliceMask(
             bits, order, query_block=case.query_block, num_keys=case.num_keys, num_queries=case.num_queries
         )
 
         def run(query: jax.Array, key: jax.Array, value: jax.Array, mask: SliceMask) -> Any:
-            return fgattn_jax.attention_with_lse(
-                query, key, value, mask, scale=case.scale, implementation=implementation
-            )
+            return fgattn_jax.attention_with_lse(query, key, value, mask, scale=case.scale, implementation="xla")
 
         return Program(self.program((name, case.query_block, case.scale), run, (*qkv, mask)), _fetch)
 
-    def _cuda(self, case: GpuCase, qkv: tuple[jax.Array, ...], bits: jax.Array, order: jax.Array | None) -> Program:
-        make_order = self.program(("work order", case.num_keys), self._work_order(case.num_keys), (bits,))
+    def _kernel(
+        self, name: str, case: GpuCase, qkv: tuple[jax.Array, ...], bits: jax.Array, order: jax.Array | None
+    ) -> Program:
+        make_order = self.program(("work order", case.num_keys), self._work_order(case), (bits,))
         work_order = make_order()
+        forward = {"cuda": cuda_attention, "pallas": pallas_attention}[name].forward
 
         def run(query: jax.Array, key: jax.Array, value: jax.Array, bits: jax.Array, *orders: jax.Array) -> Any:
-            return cuda_attention.forward(
+            return forward(
                 query, key, value, bits, orders[1] if len(orders) == 2 else None, orders[0],
                 scale=case.scale, query_block=case.query_block,
             )  # fmt: skip
 
         orders = (work_order,) if order is None else (work_order, order)
-        call = self.program(("cuda", case.query_block, case.scale), run, (*qkv, bits, *orders))
+        call = self.program((name, case.query_block, case.scale), run, (*qkv, bits, *orders))
         return Program(call, _fetch, plan=lambda: jax.block_until_ready(make_order()))
 
     @staticmethod
-    def _work_order(num_keys: int) -> Any:
-        return lambda bits: cuda_attention.work_order(bits, num_keys=num_keys)
+    def _work_order(case: GpuCase) -> Any:
+        """Made once for a mask, as `SliceMask.with_work_order` is; by the CUDA kernel where there is one."""
+        if not cuda_support.unsupported_reasons(
+            head_dim=128, query_block=128, dtype="bfloat16", platform="gpu", compute_capability="9.0"
+        ):
+            return lambda bits: cuda_attention.work_order(bits, num_keys=case.num_keys)
+        sizes = {"query_block": case.query_block, "num_keys": case.num_keys, "num_queries": case.num_queries}
+        return lambda bits: SliceMask(bits, **sizes).with_work_order().work_order
 
 
 def _fetch(arrays: Any, queries: Any) -> Fetched:

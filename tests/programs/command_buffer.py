@@ -1,6 +1,6 @@
 """Runs the CUDA kernel inside a captured command buffer; prints whether that was so and whether the results are equal.
 
-Started by test_xla_ffi_gpu.py with the XLA flags that make every launch part of a command buffer and dump the program.
+Started by test_hopper_gpu.py with the XLA flags that make every launch part of a command buffer and dump the program.
 """
 
 import json

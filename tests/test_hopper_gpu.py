@@ -1,4 +1,4 @@
-"""What only a GPU can show of the CUDA kernel, beside the contract suite and the fuzz list."""
+"""What only a GPU can show of the kernels for Hopper, beside the contract suite and the fuzz list."""
 
 import functools
 import json
@@ -17,7 +17,8 @@ from fgattn_jax.evaluation.cases import SMALL_CASES, AttentionCase, make_inputs
 from fgattn_jax.evaluation.oracle import attention_oracle
 from fgattn_jax.masks import SliceMask, from_rows, full
 from fgattn_jax.masks._bits import full_words
-from fgattn_jax.xla_ffi import attention as adapter
+from fgattn_jax.pallas_kernels import attention as pallas_attention
+from fgattn_jax.xla_ffi import attention as cuda_attention
 
 pytestmark = pytest.mark.gpu
 NAMED = {case.name: case for case in SMALL_CASES}
@@ -26,7 +27,12 @@ by_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 by_width = pytest.mark.parametrize("head_dim", [64, 128])
 by_block = pytest.mark.parametrize("query_block", [64, 128])
 
-run = jax.jit(functools.partial(attention_with_lse, implementation="cuda"), static_argnames="scale")
+by_kernel = pytest.mark.parametrize("kernel", ["cuda", "pallas"])
+ADAPTERS = {"cuda": cuda_attention, "pallas": pallas_attention}
+RUNS = {
+    name: jax.jit(functools.partial(attention_with_lse, implementation=name), static_argnames="scale")
+    for name in ADAPTERS
+}
 
 
 def plain(dtype="bfloat16", head_dim=128, query_block=128, **changes) -> AttentionCase:
@@ -49,7 +55,9 @@ def assert_matches(case, inputs, result, rows=None, scale=None):
 
 @pytest.mark.parametrize("with_work", [False, True], ids=["no_work_order", "work_order"])
 @pytest.mark.parametrize("case", ALL_VARIANTS, ids=lambda c: c.name.replace(" ", "_"))
-def test_every_case_in_every_form_of_the_kernel(case, with_work):
+@by_kernel
+def test_every_case_in_every_form_of_the_kernel(kernel, case, with_work):
+    run = RUNS[kernel]
     inputs = make_inputs(case)
     mask = inputs.mask.with_work_order() if with_work else inputs.mask
     result = run(inputs.query, inputs.key, inputs.value, mask)
@@ -61,7 +69,9 @@ def test_every_case_in_every_form_of_the_kernel(case, with_work):
 @by_dtype
 @by_width
 @by_block
-def test_counts_around_every_tile_border(dtype, head_dim, query_block):
+@by_kernel
+def test_counts_around_every_tile_border(kernel, dtype, head_dim, query_block):
+    run = RUNS[kernel]
     num_keys = 1201  # neither a multiple of 32 nor of a tile
     counts = edge_counts(num_keys)
     case = plain(
@@ -77,20 +87,23 @@ def test_counts_around_every_tile_border(dtype, head_dim, query_block):
 @by_width
 @by_block
 @pytest.mark.parametrize("num_keys", [1, 31, 33, 95, 97, 127, 128, 129, 200])
-def test_bits_past_the_last_key_are_never_followed(num_keys, head_dim, query_block):
+@by_kernel
+def test_bits_past_the_last_key_are_never_followed(kernel, num_keys, head_dim, query_block):
     """Such masks are not valid; still nothing outside the arrays is read, and the result is that of the valid bits."""
     inputs = make_inputs(plain(head_dim=head_dim, query_block=query_block, num_keys=num_keys))
     bits = inputs.mask.bits
     stray = jnp.broadcast_to(~jnp.asarray(full_words(num_keys)), bits.shape)
-    call = jax.jit(functools.partial(adapter.forward, scale=0.1, query_block=query_block))
+    call = jax.jit(functools.partial(ADAPTERS[kernel].forward, scale=0.1, query_block=query_block))
     arrays = (inputs.query, inputs.key, inputs.value)
     chex.assert_trees_all_equal(call(*arrays, bits | stray, None, None), call(*arrays, bits, None, None))
 
 
 @by_block
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_poisoned_neighbours_outside_the_arrays_are_never_read(poison, query_block):
+@by_kernel
+def test_poisoned_neighbours_outside_the_arrays_are_never_read(kernel, poison, query_block):
     """The arrays are slices of larger ones, filled with poison on both sides, inside one program."""
+    run = RUNS[kernel]
     case = plain(query_block=query_block, num_queries=query_block + 3, num_keys=131)
     inputs = make_inputs(case)
 
@@ -100,7 +113,7 @@ def test_poisoned_neighbours_outside_the_arrays_are_never_read(poison, query_blo
     @jax.jit
     def cut(query, key, value):
         query, key, value = (x[:, 8:-8] for x in (query, key, value))
-        return attention_with_lse(query, key, value, inputs.mask, implementation="cuda")
+        return attention_with_lse(query, key, value, inputs.mask, implementation=kernel)
 
     arrays = (inputs.query, inputs.key, inputs.value)
     chex.assert_trees_all_equal(cut(*map(surround, arrays)), run(*arrays, inputs.mask))
@@ -108,8 +121,10 @@ def test_poisoned_neighbours_outside_the_arrays_are_never_read(poison, query_blo
 
 @by_width
 @by_block
-def test_every_element_of_the_results_is_written(head_dim, query_block):
+@by_kernel
+def test_every_element_of_the_results_is_written(kernel, head_dim, query_block):
     """Memory that results may get is filled with NaN first: every query must come out finite, or zero and -inf."""
+    run = RUNS[kernel]
     case = plain(head_dim=head_dim, query_block=query_block, num_queries=1000, num_heads=4, num_kv_heads=4)
     inputs = make_inputs(case)
     rows = inputs.rows.copy()
@@ -131,8 +146,10 @@ def test_every_element_of_the_results_is_written(head_dim, query_block):
 
 @by_dtype
 @by_block
-def test_rows_whose_largest_score_comes_last_or_first(dtype, query_block):
+@by_kernel
+def test_rows_whose_largest_score_comes_last_or_first(kernel, dtype, query_block):
     """The running maximum changes in every tile, or never."""
+    run = RUNS[kernel]
     case = plain(dtype, query_block=query_block, num_keys=777)
     inputs = make_inputs(case)
     slope = jnp.linspace(-1.0, 1.0, case.num_keys)[None, :, None, None]
@@ -144,10 +161,11 @@ def test_rows_whose_largest_score_comes_last_or_first(dtype, query_block):
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.125, 1e-30, 3.0])
-def test_unusual_scales(scale):
+@by_kernel
+def test_unusual_scales(kernel, scale):
     case = plain(head_dim=64)
     inputs = make_inputs(case)
-    result = attention_with_lse(inputs.query, inputs.key, inputs.value, inputs.mask, scale=scale, implementation="cuda")
+    result = attention_with_lse(inputs.query, inputs.key, inputs.value, inputs.mask, scale=scale, implementation=kernel)
     assert_matches(case, inputs, result, scale=scale)
 
 
@@ -157,14 +175,18 @@ def test_the_work_order_kernel_makes_what_the_mask_makes(num_keys):
     rows = rng.random((2, 3, 300, num_keys)) < rng.integers(0, 4, (2, 3, 300, 1)) / 3  # many ties
     mask = from_rows(jnp.asarray(rows), query_block=64, num_queries=300 * 64)
     expected = mask.with_work_order().check().work_order
-    chex.assert_trees_all_equal(jax.jit(functools.partial(adapter.work_order, num_keys=num_keys))(mask.bits), expected)
+    chex.assert_trees_all_equal(
+        jax.jit(functools.partial(cuda_attention.work_order, num_keys=num_keys))(mask.bits), expected
+    )
     stray = jnp.broadcast_to(~jnp.asarray(full_words(num_keys)), mask.bits.shape)
-    again = jax.jit(functools.partial(adapter.work_order, num_keys=num_keys))(mask.bits | stray)
+    again = jax.jit(functools.partial(cuda_attention.work_order, num_keys=num_keys))(mask.bits | stray)
     chex.assert_trees_all_equal(again, expected)
 
 
-def test_more_elements_than_32_bits_can_count():
+@by_kernel
+def test_more_elements_than_32_bits_can_count(kernel):
     """Offsets in query, keys, values and output pass 2^31: the last heads of the last queries tell."""
+    run = RUNS[kernel]
     length, heads, width, kept = 132_000, 128, 128, 40
     rng = np.random.default_rng(0)
     make = jax.jit(lambda seed: jax.random.normal(jax.random.key(seed), (1, length, heads, width), jnp.bfloat16))
@@ -190,8 +212,10 @@ def test_more_elements_than_32_bits_can_count():
 
 @by_width
 @by_block
-def test_many_rows_in_two_runs_are_bit_equal(head_dim, query_block):
+@by_kernel
+def test_many_rows_in_two_runs_are_bit_equal(kernel, head_dim, query_block):
     """More rows than thread blocks, of very different counts: whichever block takes a row, the sums are the same."""
+    run = RUNS[kernel]
     case = plain(
         head_dim=head_dim, query_block=query_block, num_queries=20_000, num_keys=3000, num_heads=8, num_kv_heads=4,
         mask="uneven",
@@ -207,7 +231,9 @@ def test_many_rows_in_two_runs_are_bit_equal(head_dim, query_block):
 # Transforms, on the device.
 
 
-def test_vmap_scan_and_remat_agree_with_plain_calls():
+@by_kernel
+def test_vmap_scan_and_remat_agree_with_plain_calls(kernel):
+    run = RUNS[kernel]
     case = for_cuda(NAMED["query order"])
     every = [make_inputs(case, seed) for seed in range(3)]
     calls = [(i.query, i.key, i.value, i.mask.with_work_order()) for i in every]
@@ -218,7 +244,7 @@ def test_vmap_scan_and_remat_agree_with_plain_calls():
     chex.assert_trees_all_equal(scanned, expected)
 
     def loss(query, key, value, mask):
-        output = attention(query, key, value, mask, implementation="cuda").astype(jnp.float32)
+        output = attention(query, key, value, mask, implementation=kernel).astype(jnp.float32)
         return jnp.sum(output * jnp.cos(jnp.arange(output.size)).reshape(output.shape))
 
     plain_gradient = jax.jit(jax.grad(loss))(*calls[0])
@@ -233,7 +259,7 @@ def test_none_takes_the_kernel_on_this_machine():
     inputs = make_inputs(plain())
     assert explain(inputs.query, inputs.key, inputs.value, inputs.mask).implementation == "cuda"
     arrays = (inputs.query, inputs.key, inputs.value, inputs.mask)
-    chex.assert_trees_all_equal(jax.jit(attention_with_lse)(*arrays), run(*arrays))
+    chex.assert_trees_all_equal(jax.jit(attention_with_lse)(*arrays), RUNS["cuda"](*arrays))
 
 
 def test_arrays_on_the_cpu_run_as_xla_if_nothing_is_named_and_fail_if_it_is():
@@ -245,7 +271,7 @@ def test_arrays_on_the_cpu_run_as_xla_if_nothing_is_named_and_fail_if_it_is():
     assert result.output.devices() == {cpu}
     assert_matches(case, inputs, result)
     with pytest.raises(jax.errors.JaxRuntimeError, match="fgattn_"):
-        jax.block_until_ready(run(*arrays))
+        jax.block_until_ready(RUNS["cuda"](*arrays))
 
 
 @pytest.mark.parametrize("with_work", ["no_work_order", "work_order"])
@@ -264,7 +290,9 @@ def test_a_captured_command_buffer_gives_the_same_results(run_python, tmp_path, 
 @pytest.mark.two_gpus
 @pytest.mark.parametrize("with_work", [False, True], ids=["no_work_order", "work_order"])
 @pytest.mark.parametrize("axis", ["heads", "batch"])
-def test_sharded_over_two_gpus_without_communication(axis, with_work):
+@by_kernel
+def test_sharded_over_two_gpus_without_communication(kernel, axis, with_work):
+    run = RUNS[kernel]
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     case = plain(batch=2, num_heads=4, num_kv_heads=2, ordered=True)
@@ -280,7 +308,7 @@ def test_sharded_over_two_gpus_without_communication(axis, with_work):
     compiled = run.lower(*arrays, sharded).compile()
     got = compiled(*arrays, sharded)
     text = compiled.as_text() or ""
-    assert "fgattn_attention" in text
+    assert {"cuda": "fgattn_attention", "pallas": "mosaic_gpu"}[kernel] in text
     assert not [name for name in ("all-gather", "all-reduce", "all-to-all") if name in text]
     assert len(got.output.sharding.device_set) == 2
     for one, other in zip(got, expected, strict=True):
@@ -288,7 +316,9 @@ def test_sharded_over_two_gpus_without_communication(axis, with_work):
 
 
 @pytest.mark.two_gpus
-def test_the_second_gpu_is_set_up_as_the_first():
+@by_kernel
+def test_the_second_gpu_is_set_up_as_the_first(kernel):
+    run = RUNS[kernel]
     inputs = make_inputs(plain())
     mask = full(query_block=128, num_queries=300, num_keys=500)
     expected = run(inputs.query, inputs.key, inputs.value, mask)
