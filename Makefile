@@ -3,10 +3,10 @@
 
 ARGS ?=
 WORKERS ?= 2
-export PYTHON PINS
+export PYTHON PINS JAX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cuda-build lint format study bench clean
+.PHONY: help demo test test-slow test-cuda-build test-pallas-compile lint format study bench clean
 
 help:
 	@echo "fgattn_jax: fine-grained sparse attention for JAX"
@@ -15,6 +15,8 @@ help:
 	@echo "  make test     the whole suite, but for tests that take long;    ARGS='-k masks -x'"
 	@echo "  make test-slow  the tests that take long"
 	@echo "  make test-cuda-build  compile the CUDA library as pip does, and check what came out; no GPU needed"
+	@echo "  make test-pallas-compile  compile the Pallas kernel for an H100, and check what came out; no GPU needed;"
+	@echo "                                                                  JAX=0.11.2"
 	@echo "  make lint     formatting, lint, types, import rules;            make format repairs what can be repaired"
 	@echo "  make study    make docs/study.md anew from data rows;           ARGS='--help'"
 	@echo "  make bench    measure attention on this machine;                ARGS='--help'"
@@ -37,6 +39,10 @@ test-slow:
 test-cuda-build:
 	@sh scripts/test_cuda_build.sh --min-passed 16 $(ARGS)
 
+# 13 forms x 5 tests, and one form that must fail.
+test-pallas-compile:
+	@sh scripts/test_pallas_compile.sh --min-passed 66 $(ARGS)
+
 # All four run, whatever the first ones find.
 lint:
 	@venv=$$(sh scripts/venv.sh test,demo,train,dev) || exit 1; status=0; set -x; \
@@ -56,5 +62,5 @@ bench:
 	@venv=$$(sh scripts/venv.sh demo) && "$$venv/bin/fgattn" bench $(ARGS)
 
 clean:
-	rm -rf .venv-3.* .venv-cuda build dist demo_output .pytest_cache .ruff_cache
+	rm -rf .venv-3.* .venv-cuda .venv-pallas-* build dist demo_output .pytest_cache .ruff_cache
 	find fgattn_jax pallas_kernels xla_ffi models tests -name __pycache__ -type d -prune -exec rm -rf {} +

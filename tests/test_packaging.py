@@ -202,5 +202,5 @@ def test_the_interpreter_search_names_what_helps():
 
 def test_make_alone_teaches():
     text = run("make", cwd=ROOT)
-    for target in ("demo", "test", "test-cuda-build", "lint", "study", "bench", "clean"):
+    for target in ("demo", "test", "test-cuda-build", "test-pallas-compile", "lint", "study", "bench", "clean"):
         assert f"make {target}" in text
