@@ -9,7 +9,7 @@ import pytest
 from fgattn_jax import masks
 from fgattn_jax.cli.main import main
 
-COMMANDS = ["demo", "explain", "mask-stats", "bench", "study"]
+COMMANDS = ["demo", "explain", "mask-stats", "bench", "tune", "study"]
 
 
 @pytest.fixture(scope="module")

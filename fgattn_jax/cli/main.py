@@ -11,6 +11,7 @@ _COMMANDS = {
     "explain": "which implementation would run a call, and why the others would not",
     "mask-stats": "density, kept counts and memory of a saved mask",
     "bench": "measure attention on this machine",
+    "tune": "find the fastest config of the Pallas kernel on this GPU",
     "study": "measure on the shipped model how much attention can be skipped, and when",
 }
 

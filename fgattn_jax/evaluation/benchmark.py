@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,8 @@ def _row(bench: str, case: AttentionCase, contestant: Contestant, timing: Timing
     }
 
 
-def _compiled(function, *arrays) -> Callable[[], object]:
+def compile_call(function, *arrays) -> Callable[[], Any]:
+    """The compiled program of `function(*arrays)`, with these arrays: a function without arguments."""
     program = jax.jit(function).lower(*arrays).compile()
     return lambda: program(*arrays)
 
@@ -142,9 +144,9 @@ _JAX_NN_SCORES = 2**31  # `jax.nn`'s own form holds all scores: more of them do 
 def _dense_peers(arrays) -> list[Contestant]:
     """Dense attention: `jax.nn`'s own where its scores fit, and ours without a mask (cuDNN on a GPU)."""
     query, key, _ = arrays
-    peers = [Contestant("dense" if jax.default_backend() == "cpu" else "cudnn", _compiled(attention, *arrays), 1.0)]
+    peers = [Contestant("dense" if jax.default_backend() == "cpu" else "cudnn", compile_call(attention, *arrays), 1.0)]
     if query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1] <= _JAX_NN_SCORES:
-        peers.append(Contestant("jax_nn", _compiled(jax.nn.dot_product_attention, *arrays), 1.0))
+        peers.append(Contestant("jax_nn", compile_call(jax.nn.dot_product_attention, *arrays), 1.0))
     return peers
 
 
@@ -158,7 +160,7 @@ def bench_attention(case: AttentionCase, rounds: int) -> Iterator[Row]:
         if name == "reference" or explain(*arrays, inputs.mask, implementation=name).implementation is None:
             continue
         masked = functools.partial(attention, implementation=name)
-        contestants.append(Contestant(name, _compiled(masked, *arrays, inputs.mask), density))
+        contestants.append(Contestant(name, compile_call(masked, *arrays, inputs.mask), density))
         errors[name] = gate(case, inputs, contestants[-1].run())
     contestants += _dense_peers(arrays)
     for contestant, timing in zip(contestants, time_rounds(contestants, rounds), strict=True):
@@ -180,8 +182,8 @@ def bench_gradient(case: AttentionCase, rounds: int) -> Iterator[Row]:
     runs = explain(*arrays, inputs.mask).implementation
     assert runs is not None, "some implementation runs every call"
     contestants = [
-        Contestant(runs, _compiled(pull_back(attention), *arrays, inputs.mask), None),
-        Contestant("dense", _compiled(pull_back(attention), *arrays), None),
+        Contestant(runs, compile_call(pull_back(attention), *arrays, inputs.mask), None),
+        Contestant("dense", compile_call(pull_back(attention), *arrays), None),
     ]
     for contestant, timing in zip(contestants, time_rounds(contestants, rounds), strict=True):
         yield _row("gradient", case, contestant, timing)
@@ -202,7 +204,9 @@ def bench_predictors(case: AttentionCase, rounds: int) -> Iterator[Row]:
         "exact mass 0.95": exact(statistic="mass", budget=Budget(top_p=0.95)),
     }
     contestants = [
-        Contestant(name, _compiled(lambda *a, p=predictor: p(*a).bits, query, key, *(lse,) * predictor.needs_lse), None)
+        Contestant(
+            name, compile_call(lambda *a, p=predictor: p(*a).bits, query, key, *(lse,) * predictor.needs_lse), None
+        )
         for name, predictor in predictors.items()
     ]
     contestants += _dense_peers((query, key, value))

@@ -75,11 +75,21 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write data rows, one per line, so that changes show line by line; the file is replaced in one move."""
+    write_text(path, format_rows(rows) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move: it holds the old text or the new one, whenever somebody reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(f"[\n{lines}\n]\n" if rows else "[]\n")
+    partial.write_text(text)
     partial.replace(path)
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """The rows as a JSON list with one row per line."""
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    return f"[\n{lines}\n]" if rows else "[]"
 
 
 def provenance(command: str) -> Mapping[str, str]:
