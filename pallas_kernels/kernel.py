@@ -147,6 +147,7 @@ def _body(p: Problem, *refs) -> None:
     pl.when(warpgroup >= 2)(lambda: _gather(block))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Stage:
     """A place among the line's stages and the phase of its barriers."""
@@ -164,9 +165,6 @@ class _Row:
     row: jax.Array
     count: jax.Array
     tiles: jax.Array
-
-
-jax.tree_util.register_dataclass(_Stage)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,35 @@ def test_every_case_in_every_form_of_the_kernel(kernel, case, with_work):
     assert error <= output_bound(case, inputs, expected)
 
 
+@pytest.mark.parametrize("case", [for_cuda(case) for case in SMALL_CASES], ids=lambda c: c.name.replace(" ", "_"))
+def test_both_kernels_agree(case):
+    """Nearer to each other than either may be to the oracle: they round at the same places."""
+    inputs = make_inputs(case)
+    arrays = (inputs.query, inputs.key, inputs.value, inputs.mask)
+    (output, lse), (other, other_lse) = (RUNS[kernel](*arrays) for kernel in ("cuda", "pallas"))
+    expected, _ = attention_oracle(
+        inputs.query, inputs.key, inputs.value, inputs.rows,
+        query_block=case.query_block, scale=case.scale, order=inputs.order,
+    )  # fmt: skip
+    difference = np.abs(np.asarray(output, np.float64) - np.asarray(other, np.float64)).max()
+    assert difference <= output_bound(case, inputs, expected)
+    np.testing.assert_allclose(lse, other_lse, atol=1e-5, rtol=1e-5)
+
+
+@by_kernel
+def test_steps_of_one_shape_are_traced_once(kernel):
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(query, key, value, mask):
+        return attention(query, key, value, mask, implementation=kernel)
+
+    for seed in range(3):
+        inputs = make_inputs(plain(), seed)
+        step(inputs.query, inputs.key, inputs.value, inputs.mask.with_work_order())
+
+
 @by_dtype
 @by_width
 @by_block

@@ -1,9 +1,9 @@
-"""Small calls of every form of the CUDA kernel, for compute-sanitizer: one line per call, fails on wrong results.
+"""Small calls of every form of a kernel, for compute-sanitizer: one line per call, fails on wrong results.
 
-    compute-sanitizer --tool memcheck  python tests/programs/sanitizer_cases.py
-    compute-sanitizer --tool racecheck python tests/programs/sanitizer_cases.py
-    compute-sanitizer --tool initcheck python tests/programs/sanitizer_cases.py
-    compute-sanitizer --tool synccheck python tests/programs/sanitizer_cases.py
+    compute-sanitizer --tool memcheck  python tests/programs/sanitizer_cases.py cuda
+    compute-sanitizer --tool racecheck python tests/programs/sanitizer_cases.py cuda
+    compute-sanitizer --tool initcheck python tests/programs/sanitizer_cases.py pallas
+    compute-sanitizer --tool synccheck python tests/programs/sanitizer_cases.py pallas
 
 Set XLA_PYTHON_CLIENT_ALLOCATOR=platform, so that every array is an allocation of its own and memcheck sees its borders.
 """
@@ -24,12 +24,14 @@ from fgattn_jax.evaluation.cases import AttentionCase, make_inputs
 from fgattn_jax.evaluation.oracle import attention_oracle
 from fgattn_jax.masks import from_rows
 from fgattn_jax.masks._bits import full_words
-from fgattn_jax.xla_ffi import attention
+from fgattn_jax.pallas_kernels import attention as pallas_attention
+from fgattn_jax.xla_ffi import attention as cuda_attention
 
+KERNELS = {"cuda": cuda_attention.forward, "pallas": pallas_attention.forward}
 KEYS = 333  # counts of none, one, all, around tiles; no multiple of 32
 
 
-def check(case: AttentionCase, *, stray_bits: bool, with_work: bool) -> None:
+def check(case: AttentionCase, kernel: str, *, stray_bits: bool, with_work: bool) -> None:
     inputs = make_inputs(case)
     num_rows = -(-case.num_queries // case.query_block)
     rng = np.random.default_rng(0)
@@ -37,7 +39,7 @@ def check(case: AttentionCase, *, stray_bits: bool, with_work: bool) -> None:
     rows = rows_with_counts(counts, case.num_keys, rng).reshape(1, case.num_heads, num_rows, case.num_keys)
     mask = from_rows(jnp.asarray(rows), query_block=case.query_block, num_queries=case.num_queries)
     bits = mask.bits | ~jnp.asarray(full_words(case.num_keys)) if stray_bits else mask.bits
-    output, lse = attention.forward(
+    output, lse = KERNELS[kernel](
         inputs.query, inputs.key, inputs.value, bits, inputs.mask.query_order,
         mask.with_work_order().work_order if with_work else None, scale=case.scale, query_block=case.query_block,
     )  # fmt: skip
@@ -53,7 +55,7 @@ def check(case: AttentionCase, *, stray_bits: bool, with_work: bool) -> None:
         raise SystemExit(f"wrong results: {case}")
 
 
-def main() -> None:
+def main(kernel: str) -> None:
     forms = itertools.product(("bfloat16", "float16"), (64, 128), (64, 128), (False, True))
     for dtype, head_dim, query_block, ordered in forms:
         case = AttentionCase(
@@ -61,13 +63,13 @@ def main() -> None:
             num_queries=2 * query_block + 37, num_heads=4, num_kv_heads=2, head_dim=head_dim, query_block=query_block,
             dtype=dtype, ordered=ordered,
         )  # fmt: skip
-        check(case, stray_bits=ordered, with_work=ordered)
+        check(case, kernel, stray_bits=ordered, with_work=ordered)
     for num_queries, num_keys in ((1, 1), (1, 129), (65, 31)):
         case = AttentionCase(
             f"T={num_queries}, S={num_keys}", "", num_queries=num_queries, num_keys=num_keys, head_dim=128,
             query_block=128, dtype="bfloat16",
         )  # fmt: skip
-        check(case, stray_bits=True, with_work=False)
+        check(case, kernel, stray_bits=True, with_work=False)
 
 
-main()
+main(sys.argv[1])
