@@ -199,6 +199,7 @@ def test_what_does_not_compile_or_is_wrong_is_named_and_not_timed(gpu, capsys, t
     assert "error=nan against the first config's output" in err
 
 
+@pytest.mark.slow
 def test_one_unit_in_the_last_place_is_rounding(gpu):
     case = tuning.make_case(head_dim=128, query_block=128, tokens=200, heads=2, density=0.3, dtype="bfloat16")
     inputs = tuning.make_inputs(case)
@@ -234,6 +235,7 @@ def test_a_row_replaces_only_that_of_its_device_and_sizes(gpu, tmp_path):
     assert len(path.read_text().splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_one_row_for_every_pair(gpu, two_candidates, tmp_path):
     path = tmp_path / "rows.json"
     sizes = ["--head-dim", "64", "128", "64", "--query-block", "128", "64"]

@@ -19,7 +19,7 @@ slow = pytest.mark.slow
 TWO_HEADS = {"batch": 1, "num_heads": 2, "num_queries": 128}
 CASES = [
     pytest.param("plain", {}, id="two rows a block, 64 queries each"),
-    pytest.param("more keys than queries", {"query_block": 128, "stages": 3}, id="two warpgroups a row"),
+    pytest.param("more keys than queries", {"query_block": 128, "stages": 3}, marks=slow, id="two warpgroups a row"),
     pytest.param("query order", {"smaller": TWO_HEADS}, marks=slow, id="queries in another order"),
     pytest.param("shared query order", {"smaller": TWO_HEADS}, marks=slow, id="a query order that heads share"),
     pytest.param("grouped heads", {"smaller": TWO_HEADS | {"num_kv_heads": 1}}, marks=slow, id="heads that share keys"),

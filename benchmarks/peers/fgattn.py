@@ -64,7 +64,7 @@ class FgattnPeer(AbstractJaxPeer):
     def _kernel(
         self, name: str, case: GpuCase, qkv: tuple[jax.Array, ...], bits: jax.Array, order: jax.Array | None
     ) -> Program:
-        make_order = self.program(("work order", case.num_keys), self._work_order(case), (bits,))
+        make_order = self.program(("work order", name, case.num_keys), self._work_order(name, case), (bits,))
         work_order = make_order()
         forward = {"cuda": cuda_attention, "pallas": pallas_attention}[name].forward
 
@@ -79,11 +79,9 @@ class FgattnPeer(AbstractJaxPeer):
         return Program(call, _fetch, plan=lambda: jax.block_until_ready(make_order()))
 
     @staticmethod
-    def _work_order(case: GpuCase) -> Any:
-        """Made once for a mask, as `SliceMask.with_work_order` is; by the CUDA kernel where there is one."""
-        if not cuda_support.unsupported_reasons(
-            head_dim=128, query_block=128, dtype="bfloat16", platform="gpu", compute_capability="9.0"
-        ):
+    def _work_order(name: str, case: GpuCase) -> Any:
+        """Made once for a mask: `cuda` has a kernel for it, `pallas` takes what `SliceMask.with_work_order` makes."""
+        if name == "cuda":
             return lambda bits: cuda_attention.work_order(bits, num_keys=case.num_keys)
         sizes = {"query_block": case.query_block, "num_keys": case.num_keys, "num_queries": case.num_queries}
         return lambda bits: SliceMask(bits, **sizes).with_work_order().work_order
