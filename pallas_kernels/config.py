@@ -53,8 +53,9 @@ class KernelConfig:
         lines = 128 // query_block
         queries = 128 * head_dim * 2
         stage = 2 * self.tile_keys * head_dim * 2
-        # Each of the two scratch arrays of barriers begins at a multiple of 1024 bytes.
-        return queries + lines * self.stages * stage + 1024 + 16 * lines * self.stages
+        # Numbers of rows stand in a KiB of their own. Mosaic rounds the whole up to a KiB, and adds a byte.
+        barriers = 16 * lines * self.stages
+        return -(-(queries + lines * self.stages * stage + 1024 + barriers) // 1024) * 1024 + 1
 
 
 def choose(*, head_dim: int, query_block: int, device_kind: str | None) -> KernelConfig:

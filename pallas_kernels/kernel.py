@@ -4,9 +4,10 @@
           |                              |                          |
       [gather] 2 warpgroups --tiles of K and V, in stages--> [multiply] 2 warpgroups --> O, LSE
 
-The grid is persistent: a block takes every 132nd row of the mask, or so, and all its warpgroups walk through the same
-rows. A row of n kept keys has t = max(1, ceil(n / tile_keys)) tiles and t + 1 stages: stage j holds the keys of tile j
-and the values of tile j - 1, for that is what step j reads:
+The grid is persistent: a block takes rows of the mask from one counter until none is left, and all its warpgroups walk
+through the same rows. Gathering warpgroups draw the next row's number while they do this one, and leave it beside the
+row's last stage. A row of n kept keys has t = max(1, ceil(n / tile_keys)) tiles and t + 1 stages: stage j holds the
+keys of tile j and the values of tile j - 1, for that is what step j reads:
 
     multiply   S(j) = Q K(j)^T  and  O += P(j-1) V(j-1)  are started together; while the tensor cores finish the second
                and serve the other warpgroup, S(j) becomes P(j). Each warpgroup does 64 queries.
@@ -97,6 +98,16 @@ class Problem:
         return self.query_block // _PART
 
     @property
+    def num_lines(self) -> int:
+        """Lines of all blocks: so many rows are under way at the same time."""
+        return self.num_blocks * self.lines
+
+    @property
+    def rows_by_head(self) -> int:
+        """Rows of each head that are done head by head; the others come last, the heads' shortest ones together."""
+        return max(0, self.num_rows - -(-self.num_lines // (self.batch * self.num_heads)))
+
+    @property
     def barriers(self) -> Barriers:
         """One of each kind for every stage of every line."""
         return Barriers(self.lines * self.config.stages, self.parts, self.parts, self.interpret)
@@ -125,7 +136,14 @@ def make_kernel(problem: Problem):
         grid_names=("block",),
         num_threads=THREADS // 128,
         thread_name="warpgroup",
-        scratch_types=[shared((2, _PART, p.head_dim)), shared(tiles), shared(tiles), *weights, *p.barriers.scratch()],
+        scratch_types=[
+            shared((2, _PART, p.head_dim)),
+            shared(tiles),
+            shared(tiles),
+            *weights,
+            plgpu.SMEM((p.lines * (p.config.stages + 2),), jnp.int32),
+            *p.barriers.scratch(),
+        ],
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # All barriers that are needed stand in the code.
@@ -138,11 +156,14 @@ def make_kernel(problem: Problem):
 def _body(p: Problem, *refs) -> None:
     num_inputs = 7 if p.has_order else 6
     inputs, (output, lse, queries, keys, values, *rest) = refs[:num_inputs], refs[num_inputs:]
-    weights, barriers = (rest[0] if p.interpret else None), tuple(rest[-2:])
+    weights = rest.pop(0) if p.interpret else None
+    items, *barriers = rest
+    # One for the whole grid; Pallas makes semaphores 0 before every call.
+    counter = None if p.interpret else pl.get_global(plgpu.SemaphoreType.REGULAR)
     p.barriers.init(barriers)
     warpgroup = lax.axis_index("warpgroup")
     line, part = lax.rem(warpgroup, jnp.int32(p.lines)), lax.rem(warpgroup, jnp.int32(p.parts))
-    block = _Block(p, inputs, output, lse, queries, keys, values, weights, barriers, line, part)
+    block = _Block(p, inputs, output, lse, counter, queries, keys, values, weights, items, tuple(barriers), line, part)
     pl.when(warpgroup < 2)(lambda: _multiply(block, warpgroup))
     pl.when(warpgroup >= 2)(lambda: _gather(block))
 
@@ -175,10 +196,12 @@ class _Block:
     inputs: tuple
     output: Any
     lse: Any
+    counter: Any
     queries: Any
     keys: Any
     values: Any
     weights: Any
+    items: Any
     barrier_refs: tuple
     line: jax.Array
     part: jax.Array
@@ -192,26 +215,26 @@ class _Block:
         last = stage.slot == first + self.p.config.stages - 1
         return _Stage(jnp.where(last, first, stage.slot + 1), jnp.where(last, 1 - stage.phase, stage.phase))
 
-    def num_turns(self) -> jax.Array:
-        """Rows that this line takes."""
-        turns = -(-self.p.num_items // (self.p.num_blocks * self.p.lines))
-        return turns - (self._item(jnp.int32(turns - 1)) >= self.p.num_items).astype(jnp.int32)
+    @property
+    def first_item(self) -> jax.Array:
+        """The first row of this line; the others come from the counter."""
+        return lax.axis_index("block") * self.p.lines + self.line
 
-    def _item(self, turn: jax.Array) -> jax.Array:
-        # Back and forth over the lines: rows come with most keys first, and so nobody gets the longer one every time.
-        lines = self.p.num_blocks * self.p.lines
-        line = lax.axis_index("block") * self.p.lines + self.line
-        return turn * lines + jnp.where(lax.rem(turn, jnp.int32(2)) == 0, line, lines - 1 - line)
+    def row(self, item: jax.Array) -> _Row:
+        """The row of an item; past the last one, some row.
 
-    def row(self, turn: jax.Array) -> _Row:
-        """The row of this line's given turn; past its last turn, some row."""
+        Heads in sequence, so that K and V of a head stay in L2, and most keys first inside a head. The shortest rows of
+        every head come last, all heads together, to fill what the long ones leave idle.
+        """
         p = self.p
-        item = jnp.minimum(self._item(turn), p.num_items - 1)
-        batch, rest = (
-            lax.div(item, jnp.int32(p.num_heads * p.num_rows)),
-            lax.rem(item, jnp.int32(p.num_heads * p.num_rows)),
-        )
-        head, rank = lax.div(rest, jnp.int32(p.num_rows)), lax.rem(rest, jnp.int32(p.num_rows))
+        item = jnp.minimum(item, p.num_items - 1)
+        heads, by_head = p.batch * p.num_heads, p.batch * p.num_heads * p.rows_by_head
+        late = item >= by_head
+        per_head = jnp.int32(max(p.rows_by_head, 1))
+        rest = item - by_head
+        head = jnp.where(late, lax.rem(rest, jnp.int32(heads)), lax.div(item, per_head))
+        rank = jnp.where(late, p.rows_by_head + lax.div(rest, jnp.int32(heads)), lax.rem(item, per_head))
+        batch, head = lax.div(head, jnp.int32(p.num_heads)), lax.rem(head, jnp.int32(p.num_heads))
         work = self.inputs[5]
         at = _of_mask(work, batch, head)
         row = jnp.clip(work[*at, rank, 0], 0, p.num_rows - 1)
@@ -239,16 +262,22 @@ def _gather(block: _Block) -> None:
         tile = tiles.at[stage.slot]
         return tile if p.parts == 1 else tile.at[pl.ds(first_of_share, gather.SHARE)]
 
-    def one_row(turn, stage):
-        row = block.row(turn)
+    def note(slot):
+        """Where the number of the next row stands, beside the last stage of this one."""
+        return block.items.at[pl.ds(2 * p.lines + slot, 1)]
+
+    def one_row(carry):
+        stage, item, place = carry
+        row = block.row(item)
+        ticket = gather.take_ticket(block.counter, block.part, interpret=p.interpret)
         kv_head = lax.div(row.head, jnp.int32(p.num_heads // p.num_kv_heads))
         keys, values = key.at[row.batch, :, kv_head], value.at[row.batch, :, kv_head]
         mask = (*_of_mask(bits, row.batch, row.head), row.row)
 
-        def find(tile):
+        def find(tile, before):
             first = row.count + (tile - row.tiles) * tile_keys + first_of_share
             return gather.find_keys(
-                bits.at[*mask], starts.at[*mask], first, row.count, tile_rows=tile_keys, interpret=p.interpret
+                bits.at[*mask], starts.at[*mask], first, row.count, before, tile_rows=tile_keys, interpret=p.interpret
             )
 
         def first_step(stage, numbers):
@@ -264,22 +293,30 @@ def _gather(block: _Block) -> None:
             copy(keys, numbers, which, share(block.keys, stage), may_miss=False)
             copy(values, before, 1 - which, share(block.values, stage), may_miss=True)
             barriers.arrive_landed(refs, stage.slot)
-            coming = lax.cond(which == 1, lambda: find(jnp.int32(tile) + 1), lambda: numbers)
+            coming = lax.cond(which == 1, lambda: find(jnp.int32(tile) + 1, numbers), lambda: numbers)
             return numbers, coming, block.after(stage)
 
         def last_step(stage, numbers):
             barriers.await_freed(refs, stage.slot, stage.phase)
+            # In the interpreter lines take every so-many-th row.
+            coming = item + p.num_lines if p.interpret else jnp.int32(p.num_lines)
+            coming = gather.share_item(
+                ticket, coming, block.part, p.parts, block.items, 2 * block.line + place, note(stage.slot),
+                interpret=p.interpret,
+            )  # fmt: skip
             which = lax.rem(row.tiles - 1, jnp.int32(2))
             copy(values, numbers, which, share(block.values, stage), may_miss=True)
             barriers.arrive_landed(refs, stage.slot)
+            return coming
 
-        numbers = find(jnp.int32(0))
+        numbers = find(jnp.int32(0), None)
         first_step(stage, numbers)
         numbers, _, stage = lax.fori_loop(1, row.tiles, step, (numbers, numbers, block.after(stage)))
-        last_step(stage, numbers)
-        return block.after(stage)
+        item = last_step(stage, numbers)
+        return block.after(stage), item, 1 - place
 
-    stage = lax.fori_loop(0, block.num_turns(), one_row, block.first_stage)
+    start = (block.first_stage, block.first_item, jnp.int32(0))
+    stage, _, _ = lax.while_loop(lambda carry: carry[1] < p.num_items, one_row, start)
 
     def see_freed(_, stage):
         barriers.await_freed(refs, stage.slot, stage.phase)
@@ -356,9 +393,9 @@ def _multiply(block: _Block, warpgroup: jax.Array) -> None:
 
         return pl.run_state(products)((plgpu.ACC.init(output), weights, sums))
 
-    def one_row(turn, carry):
-        stage, numbers = carry
-        row = block.row(turn)
+    def one_row(carry):
+        stage, item, numbers = carry
+        row = block.row(item)
         gather.await_rows(interpret=p.interpret)
         barriers.await_landed(refs, stage.slot, stage.phase)
         first = scores(stage)
@@ -394,7 +431,8 @@ def _multiply(block: _Block, warpgroup: jax.Array) -> None:
         output, weights, reference, sums, stage = lax.fori_loop(1, row.tiles, step, state)
         # All warps have read the queries: the next row's may come, while this one ends.
         gather.sync_warpgroup(interpret=p.interpret)
-        next_numbers = load_queries(block.row(turn + 1))
+        item = block.items[2 * p.lines + stage.slot]
+        next_numbers = load_queries(block.row(item))
         unscaled = add_values(stage, output, weights)
         barriers.arrive_freed(refs, stage.slot)
         total = sums.sum(axis=1)
@@ -404,14 +442,15 @@ def _multiply(block: _Block, warpgroup: jax.Array) -> None:
         lse = jnp.where(some, reference * math.log(2.0) + jnp.log(divisor), -jnp.inf)
         targets = block.output.at[row.batch, :, row.head], block.lse.at[row.batch, row.head]
         gather.scatter_rows(result.astype(p.dtype), lse, numbers, *targets, interpret=p.interpret)
-        return block.after(stage), next_numbers
+        return block.after(stage), item, next_numbers
 
     # The slots are free to begin with.
     @pl.loop(0, p.config.stages)
     def _(i):
         barriers.arrive_freed(refs, block.first_stage.slot + jnp.int32(i))
 
-    lax.fori_loop(0, block.num_turns(), one_row, (block.first_stage, load_queries(block.row(jnp.int32(0)))))
+    start = (block.first_stage, block.first_item, load_queries(block.row(block.first_item)))
+    lax.while_loop(lambda carry: carry[1] < p.num_items, one_row, start)
     gather.await_rows(interpret=p.interpret)
 
 

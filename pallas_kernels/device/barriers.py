@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import gpu, nvvm
+from jaxlib.mlir.dialects import arith, gpu, nvvm
 
 from fgattn_jax.pallas_kernels.device import mlir
 
@@ -45,19 +45,21 @@ class Barriers:
                 plgpu.Barrier(num_arrivals=self.copiers, num_barriers=self.num_barriers),
                 plgpu.Barrier(num_arrivals=self.readers, num_barriers=self.num_barriers),
             ]
-        return [plgpu.SMEM((2 * self.num_barriers,), jnp.int32), plgpu.SMEM((2 * self.num_barriers,), jnp.int32)]
+        # One array for both kinds, `freed` behind `landed`: each array of scratch begins at a multiple of 1024 bytes.
+        return [plgpu.SMEM((4 * self.num_barriers,), jnp.int32)]
 
     def init(self, refs) -> None:
         """Makes the barriers. All threads of a block call it first of all; it ends with a barrier for the block."""
         if self.interpret:
             return
 
-        @mlir.inline(_WORDS, _WORDS)
-        def make(_, landed, freed):
+        @mlir.inline(_WORDS)
+        def make(_, words):
             with mgpu.utils.when(mlir.equal(mgpu.utils.thread_idx(), mlir.i32(0))):
                 for i in range(self.num_barriers):
-                    nvvm.mbarrier_init(_pointer(landed, mlir.i32(i)), mlir.i32(mlir.WARPGROUP * self.copiers))
-                    nvvm.mbarrier_init(_pointer(freed, mlir.i32(i)), mlir.i32(4 * self.readers))
+                    slot = mlir.i32(i)
+                    nvvm.mbarrier_init(self._landed(words, slot), mlir.i32(mlir.WARPGROUP * self.copiers))
+                    nvvm.mbarrier_init(self._freed(words, slot), mlir.i32(mlir.WARPS * self.readers))
                 mgpu.utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
             gpu.barrier()
 
@@ -71,10 +73,10 @@ class Barriers:
             return
 
         @mlir.inline(_WORDS, _SCALAR)
-        def arrive(_, landed, slot):
+        def arrive(_, words, slot):
             # noinc: one of the arrivals that the barrier was made for.
-            pointer = _pointer(landed, slot.registers.item())
-            mgpu.utils.inline_ptx("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", pointer, has_side_effects=True)
+            barrier = self._landed(words, slot.registers.item())
+            mgpu.utils.inline_ptx("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", barrier, has_side_effects=True)
 
         arrive(refs[0], slot)
 
@@ -85,8 +87,8 @@ class Barriers:
             return
 
         @mlir.inline(_WORDS, _SCALAR, _SCALAR)
-        def wait(_, landed, slot, phase):
-            _wait(landed, slot, phase)
+        def wait(_, words, slot, phase):
+            _wait(self._landed(words, slot.registers.item()), phase)
             # Copies were made as ordinary stores are; `wgmma` reads past them without this.
             mlir.fence_async_proxy()
 
@@ -99,17 +101,17 @@ class Barriers:
             return
 
         @mlir.inline(_WORDS, _SCALAR)
-        def arrive(_, freed, slot):
+        def arrive(_, words, slot):
             mgpu.utils.warp_barrier()
-            pointer, lane = _pointer(freed, slot.registers.item()), mlir.lane()
+            barrier = self._freed(words, slot.registers.item())
             mgpu.utils.inline_ptx(
                 "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0], 1;",
-                pointer,
-                predicate=mlir.equal(lane, mlir.i32(0)),
+                barrier,
+                predicate=mlir.equal(mlir.lane(), mlir.i32(0)),
                 has_side_effects=True,
             )
 
-        arrive(refs[1], slot)
+        arrive(refs[0], slot)
 
     def await_freed(self, refs, slot, phase) -> None:
         """Waits until all readers have arrived in this phase."""
@@ -118,16 +120,18 @@ class Barriers:
             return
 
         @mlir.inline(_WORDS, _SCALAR, _SCALAR)
-        def wait(_, freed, slot, phase):
-            _wait(freed, slot, phase)
+        def wait(_, words, slot, phase):
+            _wait(self._freed(words, slot.registers.item()), phase)
 
-        wait(refs[1], slot, phase)
+        wait(refs[0], slot, phase)
+
+    def _landed(self, words: ir.Value, slot: ir.Value) -> ir.Value:
+        return mgpu.utils.getelementptr(mlir.shared_pointer(words), [slot], mlir.i64_type())
+
+    def _freed(self, words: ir.Value, slot: ir.Value) -> ir.Value:
+        return self._landed(words, arith.addi(slot, mlir.i32(self.num_barriers)))
 
 
-def _pointer(words: ir.Value, slot: ir.Value) -> ir.Value:
-    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [slot], mlir.i64_type())
-
-
-def _wait(words: ir.Value, slot: mgpu.FragmentedArray, phase: mgpu.FragmentedArray) -> None:
+def _wait(barrier: ir.Value, phase: mgpu.FragmentedArray) -> None:
     # The instruction gives up after so many nanoseconds at most; Mosaic's lowering asks again.
-    nvvm.mbarrier_try_wait_parity(_pointer(words, slot.registers.item()), phase.registers.item(), mlir.i32(10_000_000))
+    nvvm.mbarrier_try_wait_parity(barrier, phase.registers.item(), mlir.i32(10_000_000))

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, math, vector
+from jaxlib.mlir.dialects import arith, llvm, math, nvvm, scf, vector
 
 from fgattn_jax.pallas_kernels.device import mlir
 from fgattn_jax.pallas_kernels.device.mlir import i32
@@ -52,7 +52,7 @@ _TILE = plgpu.RefType(TILE)
 _SCALAR = plgpu.Layout.WG_SPLAT
 
 
-def find_keys(bits_row, starts_row, first, count, *, tile_rows: int, interpret: bool):
+def find_keys(bits_row, starts_row, first, count, before, *, tile_rows: int, interpret: bool):
     """Key numbers of 64 rows of two tiles: the kept keys of ranks `first + i` and `first + tile_rows + i`.
 
     Every thread looks for its own key: the group by bisection over the groups' first ranks, then the word and the bit
@@ -63,6 +63,8 @@ def find_keys(bits_row, starts_row, first, count, *, tile_rows: int, interpret: 
         starts_row: int32[W / 4 + 1], kept keys before each group; see `attention.group_starts`.
         first: Rank of row 0; 0 is the row's first kept key. Ranks below 0, and from `count` on, give -1.
         count: Kept keys of the row.
+        before: What this gave for the two tiles before these, from whose last keys on the search begins; None to begin
+            at key 0.
         tile_rows: Rows of a whole tile, the distance of the two tiles' ranks.
         interpret: Use the form for the interpreter.
 
@@ -79,21 +81,31 @@ def find_keys(bits_row, starts_row, first, count, *, tile_rows: int, interpret: 
 
     num_groups = starts_row.shape[0] - 1
 
-    @mlir.inline(_ANY, _ANY, _SCALAR, _SCALAR, returns=_NUMBERS_TYPE)
-    def search(_, bits_ref, starts_ref, first, count):
+    def search(_, bits_ref, starts_ref, first, count, before=None):
         bits, starts, count = mlir.global_pointer(bits_ref), mlir.global_pointer(starts_ref), count.registers.item()
         row, tile = _held_row()
         wanted = arith.addi(arith.addi(first.registers.item(), row), arith.muli(tile, i32(tile_rows)))
         # Unsigned: a rank below 0 is above every count.
         known = arith.cmpi(arith.CmpIPredicate.ult, wanted, count)
         wanted = mlir.clamp(wanted, arith.subi(count, i32(1)))
-        group = _last_at_most(wanted, starts, num_groups)
+        if before is None:
+            group = _last_at_most(wanted, starts, num_groups)
+        else:
+            # The second tile's first key of this warp is not behind any key that is wanted now.
+            known_key = mlir.from_lane(_number(before), i32(_SHARE_OF_WARP))
+            group = _last_at_most_nearby(wanted, starts, num_groups, arith.divsi(known_key, i32(GROUP_KEYS)))
         rank = arith.subi(wanted, mlir.load(mlir.i32_type(), starts, group))
         place = _select_bit(_load_words(bits, group), rank)
         key = arith.addi(place, arith.muli(group, i32(GROUP_KEYS)))
         return _numbers(arith.select(known, key, i32(-1)))
 
-    return search(bits_row, starts_row, first, count)
+    if before is None:
+        return mlir.inline(_ANY, _ANY, _SCALAR, _SCALAR, returns=_NUMBERS_TYPE)(search)(
+            bits_row, starts_row, first, count
+        )
+    return mlir.inline(_ANY, _ANY, _SCALAR, _SCALAR, _NUMBERS, returns=_NUMBERS_TYPE)(search)(
+        bits_row, starts_row, first, count, before
+    )
 
 
 def find_queries(order_row, first, *, num_queries: int, interpret: bool):
@@ -294,6 +306,77 @@ def any_above(values, limit: float, *, interpret: bool):
     return vote(values) != 0
 
 
+def take_ticket(counter, part, *, interpret: bool):
+    """Draws the next number from a counter in global memory, without waiting for it: the answer is used later.
+
+    Args:
+        counter: A semaphore of the whole grid, 0 when the kernel starts; None in the interpreter.
+        part: Which of the line's copying warpgroups this is; part 0 draws.
+        interpret: Use the form for the interpreter, which draws nothing.
+
+    Returns:
+        A `Numbers` array whose first entry is the number; for `share_item`.
+    """
+    if interpret:
+        return jnp.zeros((2 * SHARE,), jnp.int32)
+
+    @mlir.inline(_ANY, _SCALAR, returns=_NUMBERS_TYPE)
+    def draw(_, counter_ref, part):
+        # One thread draws; the others keep 0.
+        is_first = arith.andi(mlir.equal(mlir.thread(), i32(0)), mlir.equal(part.registers.item(), i32(0)))
+        number = mgpu.utils.inline_ptx(
+            "{ .reg .pred first; setp.ne.s32 first, $2, 0; mov.s32 $0, 0; @first atom.global.add.u32 $0, [$1], 1; }",
+            mlir.global_pointer(counter_ref),
+            arith.extui(mlir.i32_type(), is_first),
+            result_types=mlir.i32_type(),
+            has_side_effects=True,
+        )
+        return _numbers(number)
+
+    return draw(counter, part)
+
+
+def share_item(ticket, first_item, part, parts: int, mail, place, note, *, interpret: bool):
+    """Makes the number that one thread drew known to all copying warpgroups of a line, and leaves it for the others.
+
+    Args:
+        ticket: From `take_ticket`; that of part 0 counts.
+        first_item: What is added to the number.
+        part: Which of the line's copying warpgroups this is.
+        parts: How many there are; all of them call this together.
+        mail: int32 in shared memory; entry `place` is how the number gets from one warpgroup to the others. Two places
+            taken in turns are enough.
+        place: See `mail`.
+        note: int32[1] in shared memory that gets the number too. Whoever waits for the copies that part 0 starts after
+            this call may read it.
+        interpret: Use the form for the interpreter.
+
+    Returns:
+        The item, an int32 scalar.
+    """
+    if interpret:
+        pl.when(part == 0)(lambda: note.__setitem__(0, first_item))
+        return first_item
+
+    @mlir.inline(_NUMBERS, _SCALAR, _SCALAR, _ANY, _SCALAR, _ANY, returns=_BOOLEAN_TYPE)
+    def share(_, ticket, first_item, part, mail_ref, place, note_ref):
+        item = arith.addi(_number(ticket), first_item.registers.item())
+        letter = mgpu.utils.getelementptr(mlir.shared_pointer(mail_ref), [place.registers.item()], mlir.i32_type())
+        mine = arith.andi(mlir.equal(mlir.thread(), i32(0)), mlir.equal(part.registers.item(), i32(0)))
+        with mgpu.utils.when(mine):
+            llvm.store(item, letter)
+            llvm.store(item, mlir.shared_pointer(note_ref))
+            # The arrival of copies waits for copies alone; this store must be seen before it.
+            mgpu.utils.inline_ptx("fence.acq_rel.cta;", has_side_effects=True)
+        if parts == 1:
+            mgpu.warpgroup_barrier()
+        else:
+            mgpu.utils.inline_ptx(f"bar.sync 8, {mlir.WARPGROUP * parts};", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(llvm.load(mlir.i32_type(), letter), (), is_signed=True)
+
+    return share(ticket, first_item, part, mail, place, note)
+
+
 def _entry(numbers, i):
     """Entry `i` of an array; the interpreter has no dynamic index into values."""
     return jnp.sum(jnp.where(lax.broadcasted_iota(jnp.int32, numbers.shape, 0) == i, numbers, 0))
@@ -326,6 +409,31 @@ def _last_at_most(wanted: ir.Value, starts: ir.Value, num_groups: int) -> ir.Val
         group = arith.select(arith.cmpi(arith.CmpIPredicate.sle, first, wanted), probe, group)
         step //= 2
     return group
+
+
+def _last_at_most_nearby(wanted: ir.Value, starts: ir.Value, num_groups: int, low: ir.Value) -> ir.Value:
+    """As `_last_at_most`, by looking at 32 groups from `low` on: the same group in all lanes, not above any answer.
+
+    The lanes load one first rank each and search in one another's. If that is not far enough for one of them, as in
+    rows with few keys, all of them search among all groups.
+    """
+    lane, last = mlir.lane(), i32(num_groups - 1)
+    low = mlir.clamp(low, last)
+    first = mlir.load(mlir.i32_type(), starts, arith.minsi(arith.addi(low, lane), last))
+    steps = i32(0)
+    for step in (16, 8, 4, 2, 1):
+        probe = arith.addi(steps, i32(step))
+        inside = arith.cmpi(arith.CmpIPredicate.sle, mlir.from_lane(first, probe), wanted)
+        steps = arith.select(inside, probe, steps)
+    group = arith.minsi(arith.addi(low, steps), last)
+    short = arith.andi(mlir.equal(steps, i32(mlir.LANES - 1)), mlir.below(group, last))
+    any_short = nvvm.vote_sync(i32(0xFFFFFFFF), short, "any")
+    choice = scf.IfOp(any_short, [mlir.i32_type()], has_else=True)
+    with ir.InsertionPoint(choice.then_block):
+        scf.yield_([_last_at_most(wanted, starts, num_groups)])
+    with ir.InsertionPoint(choice.else_block):
+        scf.yield_([group])
+    return choice.results[0]
 
 
 def _load_words(bits: ir.Value, group: ir.Value) -> list[ir.Value]:
