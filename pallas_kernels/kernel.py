@@ -28,8 +28,10 @@ barrier   arrivals                                 who waits, for what
 landed    every copying thread, by its copies      multiply: a stage has landed
 freed     every multiplying warp                   gather: S has been computed from the keys, O from the values
 (named)   barrier 1 + warpgroup, its 128 threads   multiply: Q has landed; Q has been read; is there too high a score?
+(named)   barrier 8, threads of both warpgroups    gather, 128 queries: the next row's number is in shared memory
 
-Shared memory of a block, for H = 128 and M = 128: Q 32 KiB, three stages of 64 KiB; the rest is barriers.
+Shared memory of a block, for H = 128 and M = 128: Q 32 KiB, three stages of 64 KiB; the rest is barriers and numbers of
+rows.
 `config.KernelConfig.shared_bytes` counts it.
 
 The caller guarantees the shapes of `attention.forward`. Whatever stands in mask, work order and query order, nothing is
@@ -48,7 +50,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fgattn_jax.pallas_kernels.config import THREADS, KernelConfig
-from fgattn_jax.pallas_kernels.device import gather
+from fgattn_jax.pallas_kernels.device import gather, work_counter
 from fgattn_jax.pallas_kernels.device.barriers import Barriers
 
 _LOG2E = math.log2(math.e)
@@ -141,7 +143,8 @@ def make_kernel(problem: Problem):
             shared(tiles),
             shared(tiles),
             *weights,
-            plgpu.SMEM((p.lines * (p.config.stages + 2),), jnp.int32),
+            # Numbers of rows on their way: two for the mail of each line, one note for each stage.
+            plgpu.SMEM((p.lines * (2 + p.config.stages),), jnp.int32),
             *p.barriers.scratch(),
         ],
         compiler_params=plgpu.CompilerParams(
@@ -220,6 +223,10 @@ class _Block:
         """The first row of this line; the others come from the counter."""
         return lax.axis_index("block") * self.p.lines + self.line
 
+    def note(self, stage: _Stage) -> jax.Array:
+        """Where among `items` the next row's number stands, once the last stage of a row has landed."""
+        return 2 * self.p.lines + stage.slot
+
     def row(self, item: jax.Array) -> _Row:
         """The row of an item; past the last one, some row.
 
@@ -262,14 +269,10 @@ def _gather(block: _Block) -> None:
         tile = tiles.at[stage.slot]
         return tile if p.parts == 1 else tile.at[pl.ds(first_of_share, gather.SHARE)]
 
-    def note(slot):
-        """Where the number of the next row stands, beside the last stage of this one."""
-        return block.items.at[pl.ds(2 * p.lines + slot, 1)]
-
     def one_row(carry):
         stage, item, place = carry
         row = block.row(item)
-        ticket = gather.take_ticket(block.counter, block.part, interpret=p.interpret)
+        ticket = work_counter.take_ticket(block.counter, block.part, interpret=p.interpret)
         kv_head = lax.div(row.head, jnp.int32(p.num_heads // p.num_kv_heads))
         keys, values = key.at[row.batch, :, kv_head], value.at[row.batch, :, kv_head]
         mask = (*_of_mask(bits, row.batch, row.head), row.row)
@@ -299,11 +302,10 @@ def _gather(block: _Block) -> None:
         def last_step(stage, numbers):
             barriers.await_freed(refs, stage.slot, stage.phase)
             # In the interpreter lines take every so-many-th row.
-            coming = item + p.num_lines if p.interpret else jnp.int32(p.num_lines)
-            coming = gather.share_item(
-                ticket, coming, block.part, p.parts, block.items, 2 * block.line + place, note(stage.slot),
-                interpret=p.interpret,
-            )  # fmt: skip
+            first = item + p.num_lines if p.interpret else jnp.int32(p.num_lines)
+            mail = block.items, 2 * block.line + place
+            note = block.items.at[pl.ds(block.note(stage), 1)]
+            coming = work_counter.share_item(ticket, first, block.part, p.parts, *mail, note, interpret=p.interpret)
             which = lax.rem(row.tiles - 1, jnp.int32(2))
             copy(values, numbers, which, share(block.values, stage), may_miss=True)
             barriers.arrive_landed(refs, stage.slot)
@@ -431,7 +433,7 @@ def _multiply(block: _Block, warpgroup: jax.Array) -> None:
         output, weights, reference, sums, stage = lax.fori_loop(1, row.tiles, step, state)
         # All warps have read the queries: the next row's may come, while this one ends.
         gather.sync_warpgroup(interpret=p.interpret)
-        item = block.items[2 * p.lines + stage.slot]
+        item = block.items[block.note(stage)]
         next_numbers = load_queries(block.row(item))
         unscaled = add_values(stage, output, weights)
         barriers.arrive_freed(refs, stage.slot)

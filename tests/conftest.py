@@ -25,6 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--write-ledger", action="store_true", help="record the run in tests/gpu_ledger.json if all of it passed"
     )
+    group.addoption(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="a GPU run in parts: leave out, but count, the tests that FILE says passed before, with these sources on "
+        "this machine, and add those of this part; what once did not pass keeps the run out of the ledger",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,7 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if option("--write-ledger") and not (option("--require-gpu") and option("--min-passed")):
         raise pytest.UsageError("--write-ledger needs --require-gpu and --min-passed")
-    config.pluginmanager.register(gpu_ledger.Tally(), "gpu_tally")
+    if option("--resume") and not option("--require-gpu"):
+        raise pytest.UsageError("--resume needs --require-gpu")
+    config.pluginmanager.register(_tally(config), "gpu_tally")
     config.addinivalue_line("markers", "two_gpus: left out, not skipped, where JAX finds fewer than two GPUs")
     if option("--allow-unreleased"):
         from fgattn_jax.pallas_kernels import support as pallas_support
@@ -51,15 +60,35 @@ def pytest_configure(config: pytest.Config) -> None:
         pallas_support.RELEASED = cuda_support.RELEASED = True
 
 
+def _tally(config: pytest.Config) -> gpu_ledger.Tally:
+    parts = config.getoption("--resume")
+    # The controller of pytest-xdist counts, not its workers.
+    if parts is None or hasattr(config, "workerinput"):
+        return gpu_ledger.Tally()
+    try:
+        gpu_ledger.begin_part(parts)
+    except gpu_ledger.NotRecordedError as error:
+        raise pytest.UsageError(f"--resume: {error}") from None
+    return gpu_ledger.Tally(parts)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--resume"):
+        done = set(gpu_ledger.noted(config.getoption("--resume"))[0])
+        _leave_out(config, items, [item for item in items if item.nodeid in done])
     if not any(item.get_closest_marker("two_gpus") for item in items) or not config.getoption("--require-gpu"):
         return
     import jax
 
     if jax.device_count("cuda") < 2:
-        left_out = [item for item in items if item.get_closest_marker("two_gpus")]
+        _leave_out(config, items, [item for item in items if item.get_closest_marker("two_gpus")])
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], left_out: list[pytest.Item]) -> None:
+    if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
 
 
 @pytest.hookimpl(trylast=True)

@@ -34,25 +34,67 @@ class NotRecordedError(Exception):
 
 
 class Tally:
-    """Counts what pytest reports; with pytest-xdist, the controller's counts all workers."""
+    """Counts what pytest reports; with pytest-xdist, the controller's counts all workers.
 
-    def __init__(self) -> None:
-        self.num_passed = 0
-        self.gpu_passed: Counter[str] = Counter()  # per test file
-        self.kernel_passed: Counter[str] = Counter()  # of those, by the kernel that the test's parameters name
-        self.not_passed: list[str] = []  # failures and errors of any test, skips of GPU tests
+    Args:
+        parts: Where a run in parts notes its tests; `begin_part` comes first. None for a run at one go.
+    """
+
+    def __init__(self, parts: Path | None = None) -> None:
+        self._parts = parts
+        # not_passed: failures and errors of any test, skips of GPU tests
+        self.gpu_passed, self.not_passed = ([], []) if parts is None else noted(parts)
+        self.num_passed = len(self.gpu_passed)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         on_gpu = "gpu" in report.keywords
         if report.failed or (report.skipped and on_gpu):
             self.not_passed.append(report.nodeid)
+            self._note(f"not passed: {report.nodeid}")
         elif report.passed and report.when == "call":
             self.num_passed += 1
             if on_gpu:
-                self.gpu_passed[report.nodeid.partition("::")[0]] += 1
-                named = re.search(rf"[\[-]({'|'.join(KERNELS)})[\]-]", report.nodeid)
-                if named:
-                    self.kernel_passed[named[1]] += 1
+                self.gpu_passed.append(report.nodeid)
+                self._note(f"passed: {report.nodeid}")
+
+    def _note(self, line: str) -> None:
+        if self._parts is not None:
+            with self._parts.open("a") as file:
+                file.write(line + "\n")
+
+    def by_file(self) -> dict[str, int]:
+        """GPU tests passed in each test file."""
+        return dict(sorted(Counter(test.partition("::")[0] for test in self.gpu_passed).items()))
+
+    def by_kernel(self) -> dict[str, int]:
+        """GPU tests passed of each kernel that the test's parameters name."""
+        named = [re.search(rf"[\[-]({'|'.join(KERNELS)})[\]-]", test) for test in self.gpu_passed]
+        return dict(Counter(found[1] for found in named if found))
+
+
+def begin_part(path: Path) -> None:
+    """Begins the next part of a run that is too long to be done at one go.
+
+    The file's first line says what is tested, and on what; the others name tests, as they end. It is made here if there
+    is none yet.
+
+    Raises:
+        NotRecordedError: Earlier parts were of other sources, another library or another machine.
+    """
+    facts = {**_sources(), **_machine()}
+    if not path.exists():
+        path.write_text(json.dumps(facts) + "\n")
+        return
+    before = json.loads(path.read_text().partition("\n")[0])
+    if before != facts:
+        raise NotRecordedError(f"{path} is of another run: expected {facts}, got {before}")
+
+
+def noted(path: Path) -> tuple[list[str], list[str]]:
+    """GPU tests that passed in earlier parts of a run, and tests that did not; a line that was cut off is neither."""
+    lines = [line.partition(": ") for line in path.read_text().split("\n")[1:-1]]
+    passed = [test for kind, _, test in lines if kind == "passed"]
+    return passed, [test for kind, _, test in lines if kind == "not passed"]
 
 
 def source_hash(folder: Path = SOURCES) -> str:
@@ -141,30 +183,34 @@ def record(tally: Tally, *, clean: bool, path: Path = LEDGER) -> dict[str, Any]:
     """
     if not clean or tally.not_passed:
         raise NotRecordedError(f"not everything passed: {tally.not_passed[:5] or 'see above'}")
-    kernels = {name: tally.kernel_passed[name] for name in KERNELS if tally.kernel_passed[name] >= MINIMUM_PASSED}
+    by_kernel = tally.by_kernel()
+    kernels = {name: by_kernel[name] for name in KERNELS if by_kernel.get(name, 0) >= MINIMUM_PASSED}
     if not kernels:
-        raise NotRecordedError(
-            f"expected at least {MINIMUM_PASSED} passed GPU tests of a kernel, got {dict(tally.kernel_passed) or 0}"
-        )
-    present, built = source_hash(), _hash_of_library() if "cuda" in kernels else source_hash()
-    if built != present:
+        raise NotRecordedError(f"expected at least {MINIMUM_PASSED} passed GPU tests of a kernel, got {by_kernel or 0}")
+    sources = _sources()
+    present, built = sources["source_hash"], sources.pop("library_hash")
+    if "cuda" in kernels and built != present:
         raise NotRecordedError(
             f"the library under test was built from other sources: expected source_hash={present}, got {built!r}; "
             "build and install it anew"
         )
     entry = {
-        "source_hash": present,
-        "pallas_hash": pallas_hash(),
+        **sources,
         "kernels": kernels,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **_machine(),
-        "passed": sum(tally.gpu_passed.values()),
+        "passed": len(tally.gpu_passed),
         "failed": 0,
-        "tests": dict(sorted(tally.gpu_passed.items())),
+        "tests": tally.by_file(),
     }
     same = ("source_hash", "pallas_hash", "device", "kernels")
     others = [run for run in read(path) if [run.get(name) for name in same] != [entry[name] for name in same]]
     path.write_text(json.dumps({"runs": [*others, entry]}, indent=2) + "\n")
     return entry
+
+
+def _sources() -> dict[str, str]:
+    return {"source_hash": source_hash(), "pallas_hash": pallas_hash(), "library_hash": _hash_of_library()}
 
 
 def _hash_of_library() -> str:
@@ -193,7 +239,6 @@ def _machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device.device_kind,
         "compute_capability": str(device.compute_capability),
         "num_devices": jax.device_count("cuda"),

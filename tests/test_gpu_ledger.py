@@ -199,6 +199,31 @@ def test_a_run_that_is_short_or_of_another_library_is_not_recorded(machine, monk
     assert not path.exists()
 
 
+def test_a_run_in_parts_counts_as_one(machine, monkeypatch, tmp_path):
+    parts, path = tmp_path / "parts", tmp_path / "ledger.json"
+    gpu_ledger.begin_part(parts)
+    first = Tally(parts)
+    for number in range(MINIMUM_PASSED - 1):
+        first.pytest_runtest_logreport(report(f"tests/test_a.py::test[cuda-{number}]"))
+    with parts.open("a") as file:
+        file.write("passed: tests/test_a.py::cut_o")
+    assert len(gpu_ledger.noted(parts)[0]) == MINIMUM_PASSED - 1
+    parts.write_text(parts.read_text().removesuffix("passed: tests/test_a.py::cut_o"))
+    gpu_ledger.begin_part(parts)
+    second = Tally(parts)
+    with pytest.raises(NotRecordedError, match="at least"):
+        gpu_ledger.record(second, clean=True, path=path)
+    second.pytest_runtest_logreport(report("tests/test_b.py::test[cuda]"))
+    entry = gpu_ledger.record(second, clean=True, path=path)
+    assert entry["tests"] == {"tests/test_a.py": MINIMUM_PASSED - 1, "tests/test_b.py": 1}
+    second.pytest_runtest_logreport(report("tests/test_b.py::test_more[cuda]", outcome="failed"))
+    with pytest.raises(NotRecordedError, match=r"not everything passed: .*test_more"):
+        gpu_ledger.record(Tally(parts), clean=True, path=path)
+    monkeypatch.setattr(gpu_ledger, "_hash_of_library", lambda: "another")
+    with pytest.raises(NotRecordedError, match="of another run"):
+        gpu_ledger.begin_part(parts)
+
+
 def test_the_library_says_from_which_sources_it_was_built(host_library, monkeypatch):
     monkeypatch.setattr(library, "find_library", lambda: host_library)
     assert gpu_ledger._hash_of_library() == gpu_ledger.source_hash()
@@ -206,9 +231,16 @@ def test_the_library_says_from_which_sources_it_was_built(host_library, monkeypa
     assert gpu_ledger._hash_of_library() == ""
 
 
-@pytest.mark.parametrize("options", [["--write-ledger"], ["--write-ledger", "--min-passed=1"]])
-def test_a_ledger_needs_a_gpu_run_with_a_minimum(run_python, options):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--write-ledger"], "--write-ledger needs --require-gpu and --min-passed"),
+        (["--write-ledger", "--min-passed=1"], "--write-ledger needs --require-gpu and --min-passed"),
+        (["--resume", "parts"], "--resume needs --require-gpu"),
+    ],
+)
+def test_a_ledger_needs_a_gpu_run_with_a_minimum(run_python, options, message):
     code = f"import sys; sys.stderr = sys.stdout; import pytest; print(pytest.main({['--collect-only', *options]!r}))"
     said = run_python(code)
-    assert "--write-ledger needs --require-gpu and --min-passed" in said
+    assert message in said
     assert said.split()[-1] == str(pytest.ExitCode.USAGE_ERROR.value) or "USAGE_ERROR" in said

@@ -135,7 +135,7 @@ def test_a_scale_that_float32_does_not_hold_is_refused(scale):
     ("config", "message"),
     [
         (configs.KernelConfig(64, 3), "expected `tile_keys` of query_block=128, got tile_keys=64"),
-        (configs.KernelConfig(128, 4), "shared memory, got 296000 from stages=4"),
+        (configs.KernelConfig(128, 4), "shared memory, got 296961 from stages=4"),
     ],
 )
 def test_a_config_that_does_not_fit_the_call_is_refused(config, message):

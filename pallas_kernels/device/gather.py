@@ -20,13 +20,12 @@ A tile in shared memory has the layout that `wgmma` reads (`TILE`): 8 rows x 128
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, math, nvvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, math, nvvm, scf
 
 from fgattn_jax.pallas_kernels.device import mlir
 from fgattn_jax.pallas_kernels.device.mlir import i32
@@ -42,8 +41,6 @@ _CHUNK_BYTES = 16
 _PANEL_BYTES = 128
 _KILOBYTE = 8 * _PANEL_BYTES
 
-_NUMBERS = plgpu.Layout.WG_STRIDED((mlir.WARPGROUP,), vec_size=1)
-_NUMBERS_TYPE = plgpu.ShapeDtypeStruct((mlir.WARPGROUP,), jnp.dtype(jnp.int32), layout=_NUMBERS)
 _BOOLEAN_TYPE = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT)
 _ACCUMULATOR = plgpu.Layout.WGMMA
 _ACCUMULATOR_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -81,6 +78,10 @@ def find_keys(bits_row, starts_row, first, count, before, *, tile_rows: int, int
 
     num_groups = starts_row.shape[0] - 1
 
+    arguments = [bits_row, starts_row, first, count] + ([] if before is None else [before])
+    kinds = [_ANY, _ANY, _SCALAR, _SCALAR, mlir.NUMBERS][: len(arguments)]
+
+    @mlir.inline(*kinds, returns=mlir.NUMBERS_TYPE)
     def search(_, bits_ref, starts_ref, first, count, before=None):
         bits, starts, count = mlir.global_pointer(bits_ref), mlir.global_pointer(starts_ref), count.registers.item()
         row, tile = _held_row()
@@ -92,20 +93,14 @@ def find_keys(bits_row, starts_row, first, count, before, *, tile_rows: int, int
             group = _last_at_most(wanted, starts, num_groups)
         else:
             # The second tile's first key of this warp is not behind any key that is wanted now.
-            known_key = mlir.from_lane(_number(before), i32(_SHARE_OF_WARP))
+            known_key = mlir.from_lane(mlir.held(before), i32(_SHARE_OF_WARP))
             group = _last_at_most_nearby(wanted, starts, num_groups, arith.divsi(known_key, i32(GROUP_KEYS)))
         rank = arith.subi(wanted, mlir.load(mlir.i32_type(), starts, group))
         place = _select_bit(_load_words(bits, group), rank)
         key = arith.addi(place, arith.muli(group, i32(GROUP_KEYS)))
-        return _numbers(arith.select(known, key, i32(-1)))
+        return mlir.hold(arith.select(known, key, i32(-1)))
 
-    if before is None:
-        return mlir.inline(_ANY, _ANY, _SCALAR, _SCALAR, returns=_NUMBERS_TYPE)(search)(
-            bits_row, starts_row, first, count
-        )
-    return mlir.inline(_ANY, _ANY, _SCALAR, _SCALAR, _NUMBERS, returns=_NUMBERS_TYPE)(search)(
-        bits_row, starts_row, first, count, before
-    )
+    return search(*arguments)
 
 
 def find_queries(order_row, first, *, num_queries: int, interpret: bool):
@@ -134,12 +129,12 @@ def find_queries(order_row, first, *, num_queries: int, interpret: bool):
         if order_ref is not None:
             entry = mlir.load(mlir.i32_type(), mlir.global_pointer(order_ref), arith.minsi(position, last))
             number = mlir.clamp(entry, last)
-        return _numbers(arith.select(mlir.below(position, i32(num_queries)), number, i32(-1)))
+        return mlir.hold(arith.select(mlir.below(position, i32(num_queries)), number, i32(-1)))
 
     if order_row is None:
-        inline = mlir.inline(_SCALAR, returns=_NUMBERS_TYPE)
+        inline = mlir.inline(_SCALAR, returns=mlir.NUMBERS_TYPE)
         return inline(lambda _, first: look_up(None, first))(first)
-    inline = mlir.inline(_ANY, _SCALAR, returns=_NUMBERS_TYPE)
+    inline = mlir.inline(_ANY, _SCALAR, returns=mlir.NUMBERS_TYPE)
     return inline(lambda _, order_ref, first: look_up(order_ref, first))(order_row, first)
 
 
@@ -169,9 +164,9 @@ def gather_rows(source, numbers, tile, target, *, may_miss: bool, interpret: boo
     head_dim = target.shape[1]
     panels = head_dim // 64
 
-    @mlir.inline(_ANY, _NUMBERS, _SCALAR, _TILE)
+    @mlir.inline(_ANY, mlir.NUMBERS, _SCALAR, _TILE)
     def copy(_, source_ref, numbers, tile, target_ref):
-        number, first_lane = _number(numbers), arith.muli(tile.registers.item(), i32(_SHARE_OF_WARP))
+        number, first_lane = mlir.held(numbers), arith.muli(tile.registers.item(), i32(_SHARE_OF_WARP))
         distance = mlir.row_bytes(source_ref)
         # Eight lanes to a row: lane 8 r + c copies chunk c of each panel of row r of this pass.
         row, chunk = arith.divui(mlir.lane(), i32(8)), arith.remui(mlir.lane(), i32(8))
@@ -250,9 +245,9 @@ def scatter_rows(output, lse, numbers, output_target, lse_target, *, interpret: 
 
         return
 
-    @mlir.inline(_ACCUMULATOR, _ACCUMULATOR_ROW, _NUMBERS, _ANY, _ANY)
+    @mlir.inline(_ACCUMULATOR, _ACCUMULATOR_ROW, mlir.NUMBERS, _ANY, _ANY)
     def store(_, output, lse, numbers, output_ref, lse_ref):
-        number = _number(numbers)
+        number = mlir.held(numbers)
         target, distance = mlir.global_pointer(output_ref), mlir.row_bytes(output_ref)
         # Lane 4 r + c of a warp holds columns 2 c and 2 c + 1 of every 8 columns, of the warp's rows r and r + 8.
         row, column = arith.divui(mlir.lane(), i32(4)), arith.remui(mlir.lane(), i32(4))
@@ -306,77 +301,6 @@ def any_above(values, limit: float, *, interpret: bool):
     return vote(values) != 0
 
 
-def take_ticket(counter, part, *, interpret: bool):
-    """Draws the next number from a counter in global memory, without waiting for it: the answer is used later.
-
-    Args:
-        counter: A semaphore of the whole grid, 0 when the kernel starts; None in the interpreter.
-        part: Which of the line's copying warpgroups this is; part 0 draws.
-        interpret: Use the form for the interpreter, which draws nothing.
-
-    Returns:
-        A `Numbers` array whose first entry is the number; for `share_item`.
-    """
-    if interpret:
-        return jnp.zeros((2 * SHARE,), jnp.int32)
-
-    @mlir.inline(_ANY, _SCALAR, returns=_NUMBERS_TYPE)
-    def draw(_, counter_ref, part):
-        # One thread draws; the others keep 0.
-        is_first = arith.andi(mlir.equal(mlir.thread(), i32(0)), mlir.equal(part.registers.item(), i32(0)))
-        number = mgpu.utils.inline_ptx(
-            "{ .reg .pred first; setp.ne.s32 first, $2, 0; mov.s32 $0, 0; @first atom.global.add.u32 $0, [$1], 1; }",
-            mlir.global_pointer(counter_ref),
-            arith.extui(mlir.i32_type(), is_first),
-            result_types=mlir.i32_type(),
-            has_side_effects=True,
-        )
-        return _numbers(number)
-
-    return draw(counter, part)
-
-
-def share_item(ticket, first_item, part, parts: int, mail, place, note, *, interpret: bool):
-    """Makes the number that one thread drew known to all copying warpgroups of a line, and leaves it for the others.
-
-    Args:
-        ticket: From `take_ticket`; that of part 0 counts.
-        first_item: What is added to the number.
-        part: Which of the line's copying warpgroups this is.
-        parts: How many there are; all of them call this together.
-        mail: int32 in shared memory; entry `place` is how the number gets from one warpgroup to the others. Two places
-            taken in turns are enough.
-        place: See `mail`.
-        note: int32[1] in shared memory that gets the number too. Whoever waits for the copies that part 0 starts after
-            this call may read it.
-        interpret: Use the form for the interpreter.
-
-    Returns:
-        The item, an int32 scalar.
-    """
-    if interpret:
-        pl.when(part == 0)(lambda: note.__setitem__(0, first_item))
-        return first_item
-
-    @mlir.inline(_NUMBERS, _SCALAR, _SCALAR, _ANY, _SCALAR, _ANY, returns=_BOOLEAN_TYPE)
-    def share(_, ticket, first_item, part, mail_ref, place, note_ref):
-        item = arith.addi(_number(ticket), first_item.registers.item())
-        letter = mgpu.utils.getelementptr(mlir.shared_pointer(mail_ref), [place.registers.item()], mlir.i32_type())
-        mine = arith.andi(mlir.equal(mlir.thread(), i32(0)), mlir.equal(part.registers.item(), i32(0)))
-        with mgpu.utils.when(mine):
-            llvm.store(item, letter)
-            llvm.store(item, mlir.shared_pointer(note_ref))
-            # The arrival of copies waits for copies alone; this store must be seen before it.
-            mgpu.utils.inline_ptx("fence.acq_rel.cta;", has_side_effects=True)
-        if parts == 1:
-            mgpu.warpgroup_barrier()
-        else:
-            mgpu.utils.inline_ptx(f"bar.sync 8, {mlir.WARPGROUP * parts};", has_side_effects=True)
-        return mgpu.FragmentedArray.splat(llvm.load(mlir.i32_type(), letter), (), is_signed=True)
-
-    return share(ticket, first_item, part, mail, place, note)
-
-
 def _entry(numbers, i):
     """Entry `i` of an array; the interpreter has no dynamic index into values."""
     return jnp.sum(jnp.where(lax.broadcasted_iota(jnp.int32, numbers.shape, 0) == i, numbers, 0))
@@ -387,16 +311,6 @@ def _held_row() -> tuple[ir.Value, ir.Value]:
     lane = mlir.lane()
     row = arith.addi(arith.muli(mlir.warp(), i32(_SHARE_OF_WARP)), arith.remui(lane, i32(_SHARE_OF_WARP)))
     return row, arith.divui(lane, i32(_SHARE_OF_WARP))
-
-
-def _numbers(value: ir.Value) -> mgpu.FragmentedArray:
-    register = vector.broadcast(ir.VectorType.get((1,), mlir.i32_type()), value)
-    layout = mgpu.WGStridedFragLayout((mlir.WARPGROUP,), vec_size=1)
-    return mgpu.FragmentedArray(_registers=np.array([register], dtype=object), _layout=layout, _is_signed=True)
-
-
-def _number(numbers: mgpu.FragmentedArray) -> ir.Value:
-    return mlir.element(numbers.registers.item(), 0)
 
 
 def _last_at_most(wanted: ir.Value, starts: ir.Value, num_groups: int) -> ir.Value:

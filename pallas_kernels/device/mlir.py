@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -11,6 +13,9 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 WARPGROUP = 128
 LANES = 32
 WARPS = 4
+NUMBERS = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)
+"""Layout of int32[128]: entry i is in thread i of the warpgroup."""
+NUMBERS_TYPE = plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.dtype(jnp.int32), layout=NUMBERS)
 
 
 def inline(*arg_types: Any, returns: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -36,6 +41,18 @@ def i64_type() -> ir.Type:
 def i32(value: int) -> ir.Value:
     """A 32-bit constant."""
     return arith.constant(i32_type(), value)
+
+
+def hold(value: ir.Value) -> mgpu.FragmentedArray:
+    """The array of `NUMBERS_TYPE` whose entries are the threads' values."""
+    register = vector.broadcast(ir.VectorType.get((1,), i32_type()), value)
+    layout = mgpu.WGStridedFragLayout((WARPGROUP,), vec_size=1)
+    return mgpu.FragmentedArray(_registers=np.array([register], dtype=object), _layout=layout, _is_signed=True)
+
+
+def held(numbers: mgpu.FragmentedArray) -> ir.Value:
+    """This thread's entry of an array of `NUMBERS_TYPE`."""
+    return element(numbers.registers.item(), 0)
 
 
 def equal(a: ir.Value, b: ir.Value) -> ir.Value:
