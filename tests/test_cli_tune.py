@@ -253,7 +253,7 @@ def test_an_absent_file_holds_no_rows_and_none_can_be_written(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": CONFIG | {"stages": 4}}, "shared memory, got 296000 from stages=4"),
+        ({"config": CONFIG | {"stages": 4}}, "shared memory, got 296961 from stages=4"),
         ({"config": CONFIG | {"tile_keys": 64}}, "got tile_keys=64"),
         ({"config": CONFIG | {"compute_registers": 240}}, "compute_registers=240"),
         ({"config": {"tile_keys": 128, "stages": 2}}, "`config` with whole numbers"),

@@ -343,9 +343,9 @@ def _last_at_most_nearby(wanted: ir.Value, starts: ir.Value, num_groups: int, lo
     short = arith.andi(mlir.equal(steps, i32(mlir.LANES - 1)), mlir.below(group, last))
     any_short = nvvm.vote_sync(i32(0xFFFFFFFF), short, "any")
     choice = scf.IfOp(any_short, [mlir.i32_type()], has_else=True)
-    with ir.InsertionPoint(choice.then_block):
+    with ir.InsertionPoint(choice.regions[0].blocks[0]):
         scf.yield_([_last_at_most(wanted, starts, num_groups)])
-    with ir.InsertionPoint(choice.else_block):
+    with ir.InsertionPoint(choice.regions[1].blocks[0]):
         scf.yield_([group])
     return choice.results[0]
 
