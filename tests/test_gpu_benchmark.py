@@ -92,7 +92,7 @@ class TestCases:
         assert densities == {0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.88, 1.0}
         assert {case.overlap for case in CASES if case.query_block == 64} == {0.3, 0.6, 0.8}
         assert {case.mask for case in CASES} == {"random", "full", "uneven", "overlap", "video", "file"}
-        assert any(case.head_dim == 64 and case.must for case in CASES)
+        assert any(case.head_dim == 64 and set(case.bars) == set(OURS) for case in CASES)
         assert any(case.num_keys == 75600 for case in CASES)
         assert any(case.dtype == "float16" for case in CASES)
         assert any(case.order for case in CASES)
@@ -104,7 +104,8 @@ class TestCases:
         assert len(by_name) == len(CASES)
         for case in CASES:
             assert set(case.contestants) <= known
-            for bar in (case.must, case.stretch):
+            assert set(case.bars) <= set(OURS) & set(case.contestants)
+            for bar in [bar for bars in case.bars.values() for bar in (bars.must, bars.stretch)]:
                 if bar is not None and bar.against:
                     assert set(bar.against) & set(by_name[bar.case or case.name].contestants)
 
@@ -125,7 +126,7 @@ class TestCases:
             protocol.decode(protocol.encode(protocol.prepare_message("cuda", case, files)))
         )
         assert (name, got_files) == ("cuda", files)
-        assert got == dataclasses.replace(case, must=None, stretch=None)
+        assert got == dataclasses.replace(case, bars={})
 
 
 class TestInputs:
@@ -194,8 +195,9 @@ class TestSummary:
     def test_a_bar_against_ourselves_looks_at_the_other_case(self):
         uneven = next(case for case in CASES if case.mask == "uneven")
         rows = [_row("cuda", EVEN, 650), _row("pallas", EVEN, 900), _row("cuda", uneven.name, 620, mask="uneven")]
-        assert summary.met(uneven.must, rows, uneven.name, "cuda") is True
-        assert summary.met(uneven.stretch, rows, uneven.name, "cuda") is False
+        bars = uneven.bars["cuda"]
+        assert summary.met(bars.must, rows, uneven.name, "cuda") is True
+        assert summary.met(bars.stretch, rows, uneven.name, "cuda") is False
 
     def test_break_even_lies_where_the_lines_cross(self):
         assert summary.break_even([(0.5, 5.0), (0.8, 8.0), (1.0, 10.0)], dense_ms=9.0) == pytest.approx(0.9)
@@ -248,6 +250,15 @@ class TestSummary:
         assert "flashinfer_fused: 2.500 ms beside" in text
         assert "timers differ: 480p, density 0.3, flashinfer_fused" in text
         assert "480p, full, fa4: missing: no cutlass" in text
+        assert text.count("ours: ") == 1
+
+    def test_each_of_our_kernels_has_its_table_and_its_bars(self):
+        rows = [_row("cuda", EVEN, 600), _row("pallas", EVEN, 585), _row("tokamax", EVEN, 600, density=1.0)]
+        _, cuda, pallas = summary.summarise(rows, CASES[:1]).split("ours: ")
+        assert cuda.startswith("cuda\n")
+        assert pallas.startswith("pallas\n")
+        assert re.split(r"  +", cuda.splitlines()[3])[-2:] == ["NOT met", "NOT met"]
+        assert re.split(r"  +", pallas.splitlines()[3])[-2:] == ["met", "met"]
 
     def test_the_readme_shows_the_last_run(self, capsys):
         assert main(["--summary"]) == 0

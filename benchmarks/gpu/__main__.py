@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu import contest, run, summary
-from benchmarks.gpu.cases import CASES, cases_of
+from benchmarks.gpu.cases import CASES, OURS, GpuCase, cases_of
 from fgattn_jax.evaluation import tables
 
 _ROWS = Path(__file__).resolve().parent.parent / "results" / "gpu_attention.json"
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dit-masks", type=Path, metavar="FILE", help="from `python -m benchmarks.gpu.dit_masks`")
     parser.add_argument(
-        "--allow-unreleased", action="store_true", help="let `cuda` run before its GPU tests are recorded"
+        "--allow-unreleased", action="store_true", help="let our kernels run before their GPU tests are recorded"
     )
     parser.add_argument(
         "--rows", type=Path, default=_ROWS, metavar="FILE", help="rows are added here (default: %(default)s)"
@@ -58,8 +58,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_list() -> None:
-    lines = [[case.name, case.must.text if case.must else "reported", " ".join(case.contestants)] for case in CASES]
-    print(tables.format_text(("case", "must", "contestants"), lines))
+    def bar(case: GpuCase, name: str) -> str:
+        return case.bars[name].must.text if name in case.bars else "reported"
+
+    lines = [[case.name, *(bar(case, name) for name in OURS), " ".join(case.contestants)] for case in CASES]
+    print(tables.format_text(("case", *(f"{name} must" for name in OURS), "contestants"), lines))
 
 
 def _last_run(rows: Sequence[tables.Row]) -> list[tables.Row]:

@@ -37,7 +37,7 @@ def decode(line: str) -> Message:
 
 def prepare_message(contestant: str, case: GpuCase, files: CaseFiles) -> Message:
     """The request to make a contestant ready for a case and to return a first result."""
-    fields = dataclasses.asdict(case) | {"must": None, "stretch": None}
+    fields = dataclasses.asdict(case) | {"bars": {}}
     return {
         "do": "prepare",
         "contestant": contestant,
