@@ -173,6 +173,27 @@ def test_the_fastest_config_becomes_a_row_with_its_source(gpu, capsys, tmp_path)
     assert "2.5000 ms (2.0000-3.0000)" in err
 
 
+def test_the_heuristics_config_stays_unless_another_is_faster_beyond_noise():
+    case = tuning.make_case(head_dim=128, query_block=128, tokens=200, heads=2, density=0.3, dtype="bfloat16")
+    usual, other, *_ = candidates()
+
+    def row_of(*times):
+        trials = [
+            tuning.Trial(config, benchmark.Timing(*ms))
+            for config, ms in zip((other, usual), times, strict=False)
+            if ms is not None
+        ]
+        return tuning.best_row(case, trials, 5, SOURCE | {"command": "fgattn tune"})
+
+    overlapping = row_of((2.0, 1.9, 2.7), (2.6, 2.5, 3.0))
+    assert (overlapping["config"], overlapping["ms"]) == (dataclasses.asdict(usual), 2.6)
+    assert overlapping["runner_up_ms"] == 2.0
+    tuning.check_row(overlapping)
+    apart = row_of((2.0, 1.9, 2.4), (2.6, 2.5, 3.0))
+    assert (apart["config"], apart["ms"], apart["runner_up_ms"]) == (dataclasses.asdict(other), 2.0, 2.6)
+    assert row_of((2.0, 1.9, 2.7))["config"] == dataclasses.asdict(other)
+
+
 def test_rates_count_kept_slices(gpu, two_candidates):
     case = tuning.make_case(head_dim=64, query_block=64, tokens=150, heads=2, density=0.5, dtype="float16")
     trials = list(tuning.time_candidates(case, 1))
@@ -262,7 +283,7 @@ def test_an_absent_file_holds_no_rows_and_none_can_be_written(tmp_path):
         ({"query_block": 32}, "query_block=32"),
         ({"ms": 0}, "ms=0"),
         ({"ms": "fast"}, "ms='fast'"),
-        ({"runner_up_ms": 2.0}, "runner_up_ms=2.0"),
+        ({"runner_up_ms": -2.0}, "runner_up_ms=-2.0"),
         ({"shape": {"tokens": 200}}, "`shape` with tokens, heads"),
         ({"shape": SHAPE | {"density": 0}}, "density=0"),
         ({"shape": SHAPE | {"dtype": "float32"}}, "dtype='float32'"),
