@@ -157,24 +157,25 @@ def best_row(case: AttentionCase, trials: Sequence[Trial], rounds: int, source: 
     Raises:
         UnsupportedError: No config was timed.
     """
-    timed = sorted((trial for trial in trials if trial.timing is not None), key=lambda trial: trial.timing.ms)
+    timed = [(trial.config, trial.timing) for trial in trials if trial.timing is not None]
+    timed.sort(key=lambda pair: pair[1].ms)
     if not timed:
         raise UnsupportedError(
             f"none of the {len(trials)} configs for head_dim={case.head_dim}, query_block={case.query_block} gave "
             "right results on this machine; the lines above say why. No row was written for them"
         )
-    best = timed[0]
+    config, timing = timed[0]
     usual = configs.heuristic(head_dim=case.head_dim, query_block=case.query_block)
-    for trial in timed:
-        if trial.config == usual and best.timing.ms_p90 >= trial.timing.ms_p10:
-            best = trial
-    others = [trial.timing.ms for trial in timed if trial is not best]
+    usual_timing = dict(timed).get(usual)
+    if usual_timing is not None and timing.ms_p90 >= usual_timing.ms_p10:
+        config, timing = usual, usual_timing
+    others = [other.ms for at, other in timed if at != config]
     return {
         "device": source["device"],
         "head_dim": case.head_dim,
         "query_block": case.query_block,
-        "config": dataclasses.asdict(best.config),
-        "ms": round(best.timing.ms, 4),
+        "config": dataclasses.asdict(config),
+        "ms": round(timing.ms, 4),
         "runner_up_ms": round(others[0], 4) if others else None,
         "shape": {
             "tokens": case.num_queries,
