@@ -14,7 +14,7 @@ def run_sharded(run_python, kind: str, axis: str, mask: str) -> dict:
     return json.loads(run_python(code, devices=4).splitlines()[-1])
 
 
-@pytest.mark.parametrize("mask", ["own", "shared"])
+@pytest.mark.parametrize("mask", ["own", pytest.param("shared", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("axis", ["heads", "batch"])
 @pytest.mark.parametrize("kind", ["jit", "explicit"])
 def test_sharded_heads_or_batch_need_no_communication(run_python, kind, axis, mask):

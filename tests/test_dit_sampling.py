@@ -81,6 +81,7 @@ def test_cached_run_equals_a_loop_on_the_host(model, noise, predict):
     assert float(jnp.abs(dense.video - result.video).max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_guidance_mixes_two_branches_with_masks_of_their_own(model, noise, predict):
     guidance, steps = 2.5, 2
     empty = jnp.full_like(LABEL, model.config.null_label)

@@ -79,6 +79,7 @@ def test_a_full_mask_gives_the_layers_own_dense_result(params):
     assert float(masks["attention_fn"]["mask"].density()) == 1.0
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_parameters(params):
     layer, cotangent = make(PositiveKeys(wants_lse=False)), inputs(9)
     masks = fresh_masks(layer, inputs(0))

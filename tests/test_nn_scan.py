@@ -53,6 +53,7 @@ def update(x, direction):
     return jnp.sin(2.0 * x + direction)
 
 
+@pytest.mark.slow
 def test_nnx_stack_in_nnx_scan_equals_single_layers():
     stack = nnx_stack()
     graph, state = nnx.split(stack)
@@ -124,6 +125,7 @@ LinenStack = linen.scan(
 )
 
 
+@pytest.mark.slow
 def test_linen_scan_over_layers_in_lax_scan_over_steps_equals_single_layers():
     stack, block = LinenStack(), LinenBlock()
     flags = jnp.asarray(POLICY.dense_layer_flags(LAYERS))
