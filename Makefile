@@ -3,6 +3,8 @@
 
 ARGS ?=
 WORKERS ?= 2
+# Tests of a file stay with one worker as long as the other has tests of its own: both compile less.
+PARALLEL = -n $(WORKERS) --dist worksteal
 export PYTHON PINS JAX
 
 .DEFAULT_GOAL := help
@@ -29,11 +31,13 @@ help:
 demo:
 	@venv=$$(sh scripts/venv.sh demo) && "$$venv/bin/fgattn" demo $(ARGS)
 
+# LLVM at -O1: most of the time is compilation, and these programs run for milliseconds. `make test-slow` has all of it.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=1
 test:
-	@venv=$$(sh scripts/venv.sh test,demo) && "$$venv/bin/python" -m pytest -n $(WORKERS) $(ARGS)
+	@venv=$$(sh scripts/venv.sh test,demo) && "$$venv/bin/python" -m pytest $(PARALLEL) $(ARGS)
 
 test-slow:
-	@venv=$$(sh scripts/venv.sh test,demo) && "$$venv/bin/python" -m pytest -n $(WORKERS) -m slow $(ARGS)
+	@venv=$$(sh scripts/venv.sh test,demo) && "$$venv/bin/python" -m pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
 
 # The count keeps a run that collected nothing from passing.
 test-cuda-build:

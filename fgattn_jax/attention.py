@@ -112,11 +112,14 @@ def attention_with_lse(
         disjoint masks can be merged with it, and exact predictors start from it.
 
     Note:
-        The gradient flows through both. Without a mask this runs in query chunks on every device, because cuDNN's
-        LSE comes back in 16 bits, too coarse to threshold probabilities.
+        The gradient flows through both. Without a mask and without a name, calls that the CUDA kernel takes run it with
+        all keys kept, all others run in query chunks: cuDNN's LSE comes back in 16 bits, too coarse to threshold
+        probabilities.
     """
     spec, scale = _check(query, key, value, mask, scale, implementation)
     name = dispatch.choose(spec, implementation)
+    if mask is None and implementation is None and not dense.kernel_reasons(spec):
+        return AttentionOutput(*_run_kernel(query, key, value, scale))
     return _run(name, query, key, value, mask, scale, named=_named(name, implementation))
 
 
@@ -184,6 +187,11 @@ def _compute_capability() -> str | None:
 @functools.partial(jax.jit, static_argnames="scale")
 def _run_cudnn(query, key, value, scale: float) -> Array:
     return dense.cudnn(query, key, value, scale=scale)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _run_kernel(query, key, value, scale: float):
+    return dense.by_kernel(query, key, value, scale=scale)
 
 
 def _named(name: str, implementation: str | None) -> bool:

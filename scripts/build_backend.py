@@ -73,6 +73,13 @@ def reason_against_cuda() -> str | None:
     return reason
 
 
+def mask_hash(folder: Path) -> str:
+    """Returns the same over these files and those of folders below, with paths inside the folder."""
+    files = sorted(f for f in folder.rglob("*") if f.suffix in {".cc", ".cu", ".cuh", ".h"})
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def source_hash(folder: Path) -> str:
     """Returns the SHA-256 of the lines that `sha256sum *.cc *.cu *.cuh *.h` prints in a folder, sorted by name.
 
@@ -113,6 +120,7 @@ def _settings(given: dict | None, reason: str | None, folder: Path) -> dict:
         "cmake.define.FGATTN_CUDA_ROOT": str(cuda),
         "cmake.define.FGATTN_FFI_INCLUDE": str(headers),
         "cmake.define.FGATTN_SOURCE_HASH": source_hash(SOURCES),
+        "cmake.define.FGATTN_MASK_HASH": mask_hash(SOURCES),
     }
 
 

@@ -1,5 +1,6 @@
 """Options and fixtures of the whole suite."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import gpu_ledger
 import host_kernel as host
 import pytest
+from cuda_emulation import emulator as emulation
+from shared_build import build_once
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from fgattn_jax.pallas_kernels import support as pallas_support
         from fgattn_jax.xla_ffi import support as cuda_support
 
-        pallas_support.RELEASED = cuda_support.RELEASED = True
+        pallas_support.RELEASED = cuda_support.RELEASED = cuda_support.MASKS_RELEASED = True
 
 
 def _tally(config: pytest.Config) -> gpu_ledger.Tally:
@@ -133,7 +136,9 @@ def run_python() -> Callable[..., str]:
     ) -> str:
         env = os.environ | {
             "JAX_PLATFORMS": platform,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}".rstrip(),
+            "XLA_FLAGS": " ".join(
+                [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={devices}", flags]
+            ),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         }
         done = subprocess.run(
@@ -147,9 +152,22 @@ def run_python() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
+def emulation_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA kernels compiled for the CPU (docs/notes/cuda_emulation.md); their objects lie beside the library."""
+    return build_once(tmp_path_factory, "cuda_emulation", emulation.build)
+
+
+@pytest.fixture(scope="session")
+def emulator(emulation_library: Path) -> emulation.Emulator:
+    """The CUDA kernels on the CPU."""
+    return emulation.Emulator(emulation_library)
+
+
+@pytest.fixture(scope="session")
 def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The FFI handlers over a kernel for host memory (tests/programs/host_kernel.cc), compiled with g++."""
-    return host.build(tmp_path_factory.mktemp("host_kernel"), source_hash=gpu_ledger.source_hash())
+    hashes = gpu_ledger.source_hash(), gpu_ledger.mask_hash()
+    return build_once(tmp_path_factory, "host_kernel", functools.partial(host.build, hashes=hashes))
 
 
 @pytest.fixture

@@ -20,12 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "xla_ffi" / "csrc"
 LEDGER = ROOT / "tests" / "gpu_ledger.json"
 PALLAS_SOURCES = ROOT / "pallas_kernels"
-KERNELS = ("cuda", "pallas")
+KERNELS = ("cuda", "pallas", "masks")
 MINIMUM_PASSED = 1450
 """GPU tests of a kernel that a run must hold to count; below what `-m gpu` collects on a machine with one GPU."""
+MINIMUM_PASSED_MASKS = 720
+"""The same for the kernels that make masks, which have a list of their own."""
 
 _SUFFIXES = {".cc", ".cu", ".cuh", ".h"}
-_HASH_NAMES = {"cuda": "source_hash", "pallas": "pallas_hash"}
+_HASH_NAMES = {"cuda": "source_hash", "pallas": "pallas_hash", "masks": "mask_hash"}
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
 
 
@@ -108,6 +110,18 @@ def source_hash(folder: Path = SOURCES) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def mask_hash(folder: Path = SOURCES) -> str:
+    """The same over these sources and those of `masks/`, which use them, with paths inside the folder."""
+    files = sorted(f for f in folder.rglob("*") if f.suffix in _SUFFIXES)
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def minimum_passed(kernel: str) -> int:
+    """GPU tests of a kernel that a run must hold to count."""
+    return MINIMUM_PASSED_MASKS if kernel == "masks" else MINIMUM_PASSED
+
+
 def pallas_hash(folder: Path = PALLAS_SOURCES) -> str:
     """SHA-256 of the same kind of lines for the Python sources of the Pallas kernel, with paths inside the folder.
 
@@ -165,8 +179,9 @@ def release_errors(runs: list[dict[str, Any]], wanted_hash: str, kernel: str = "
         if not errors and run["failed"]:
             errors.append(f"failed={run['failed']}")
         passed = passed_of(run, kernel)
-        if not errors and passed < MINIMUM_PASSED:
-            errors.append(f"passed={passed}, and a run must pass at least {MINIMUM_PASSED} GPU tests of `{kernel}`")
+        least = minimum_passed(kernel)
+        if not errors and passed < least:
+            errors.append(f"passed={passed}, and a run must pass at least {least} GPU tests of `{kernel}`")
         if not errors and run["compute_capability"] != "9.0":
             errors.append(f"expected a run on compute_capability='9.0', got {run['compute_capability']!r}")
         if not errors:
@@ -184,16 +199,17 @@ def record(tally: Tally, *, clean: bool, path: Path = LEDGER) -> dict[str, Any]:
     if not clean or tally.not_passed:
         raise NotRecordedError(f"not everything passed: {tally.not_passed[:5] or 'see above'}")
     by_kernel = tally.by_kernel()
-    kernels = {name: by_kernel[name] for name in KERNELS if by_kernel.get(name, 0) >= MINIMUM_PASSED}
+    kernels = {name: by_kernel[name] for name in KERNELS if by_kernel.get(name, 0) >= minimum_passed(name)}
     if not kernels:
         raise NotRecordedError(f"expected at least {MINIMUM_PASSED} passed GPU tests of a kernel, got {by_kernel or 0}")
     sources = _sources()
-    present, built = sources["source_hash"], sources.pop("library_hash")
-    if "cuda" in kernels and built != present:
-        raise NotRecordedError(
-            f"the library under test was built from other sources: expected source_hash={present}, got {built!r}; "
-            "build and install it anew"
-        )
+    for kernel, name in (("cuda", "source_hash"), ("masks", "mask_hash")):
+        present, built = sources[name], sources.pop(f"library_{name}")
+        if kernel in kernels and built != present:
+            raise NotRecordedError(
+                f"the library under test was built from other sources: expected {name}={present}, got {built!r}; "
+                "build and install it anew"
+            )
     entry = {
         **sources,
         "kernels": kernels,
@@ -203,17 +219,18 @@ def record(tally: Tally, *, clean: bool, path: Path = LEDGER) -> dict[str, Any]:
         "failed": 0,
         "tests": tally.by_file(),
     }
-    same = ("source_hash", "pallas_hash", "device", "kernels")
+    same = ("source_hash", "pallas_hash", "mask_hash", "device", "kernels")
     others = [run for run in read(path) if [run.get(name) for name in same] != [entry[name] for name in same]]
     path.write_text(json.dumps({"runs": [*others, entry]}, indent=2) + "\n")
     return entry
 
 
 def _sources() -> dict[str, str]:
-    return {"source_hash": source_hash(), "pallas_hash": pallas_hash(), "library_hash": _hash_of_library()}
+    present = {"source_hash": source_hash(), "pallas_hash": pallas_hash(), "mask_hash": mask_hash()}
+    return present | {f"library_{name}": _hash_of_library(name) for name in ("source_hash", "mask_hash")}
 
 
-def _hash_of_library() -> str:
+def _hash_of_library(name: str = "source_hash") -> str:
     import ctypes
 
     from fgattn_jax.xla_ffi import library
@@ -221,7 +238,7 @@ def _hash_of_library() -> str:
     found = library.find_library()
     if found is None:
         return ""
-    function = ctypes.CDLL(str(found)).fgattn_source_hash
+    function = getattr(ctypes.CDLL(str(found)), f"fgattn_{name}")
     function.restype = ctypes.c_char_p
     return function().decode()
 

@@ -17,13 +17,21 @@ TARGETS = {
     "fgattn_host_work_order": "FgattnHostWorkOrder",
     "fgattn_check_attention": "FgattnCheckAttention",
     "fgattn_check_work_order": "FgattnCheckWorkOrder",
+    "fgattn_host_exact_mask": "FgattnHostExactMask",
+    "fgattn_host_exact_mass": "FgattnHostExactMass",
+    "fgattn_host_mean_mask": "FgattnHostMeanMask",
+    "fgattn_host_one_pass": "FgattnHostOnePass",
+    "fgattn_check_one_pass": "FgattnCheckOnePass",
+    "fgattn_check_exact_mask": "FgattnCheckExactMask",
+    "fgattn_check_exact_mass": "FgattnCheckExactMass",
+    "fgattn_check_mean_mask": "FgattnCheckMeanMask",
 }
 
 # launch.h needs one type of the CUDA runtime, and machines without CUDA have no header for it.
 _STREAM = "#pragma once\ntypedef struct CUstream_st* cudaStream_t;\n"
 
 
-def build(folder: Path, *, source_hash: str = "") -> Path:
+def build(folder: Path, *, hashes: tuple[str, str] = ("", "")) -> Path:
     """Compiles the library with the FFI headers of the installed jaxlib.
 
     Raises:
@@ -37,7 +45,7 @@ def build(folder: Path, *, source_hash: str = "") -> Path:
     (folder / "cuda_runtime_api.h").write_text(_STREAM)
     library = folder / "libfgattn_host.so"
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    command += [f'-DFGATTN_SOURCE_HASH="{source_hash}"']
+    command += [f'-DFGATTN_SOURCE_HASH="{hashes[0]}"', f'-DFGATTN_MASK_HASH="{hashes[1]}"']
     command += ["-isystem", jax.ffi.include_dir(), "-isystem", str(folder), "-I", str(SOURCES)]
     done = subprocess.run([*command, str(SOURCE), "-o", str(library)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -77,6 +85,10 @@ def installed(path: Path) -> Iterator[ctypes.CDLL]:
     with (
         mock.patch.object(library, "ATTENTION_TARGET", "fgattn_host_attention"),
         mock.patch.object(library, "WORK_ORDER_TARGET", "fgattn_host_work_order"),
+        mock.patch.object(library, "EXACT_MASK_TARGET", "fgattn_host_exact_mask"),
+        mock.patch.object(library, "EXACT_MASS_TARGET", "fgattn_host_exact_mass"),
+        mock.patch.object(library, "MEAN_MASK_TARGET", "fgattn_host_mean_mask"),
+        mock.patch.object(library, "ONE_PASS_TARGET", "fgattn_host_one_pass"),
         mock.patch.object(library, "register"),
         mock.patch.object(support, "unsupported_reasons", reasons),
         jax.default_device(jax.devices("cpu")[0]),

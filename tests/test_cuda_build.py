@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import gpu_ledger
@@ -19,16 +20,46 @@ pytestmark = pytest.mark.cuda_build
 
 PACKAGE = "fgattn_jax.xla_ffi"
 LIBRARY = "fgattn_jax/xla_ffi/libfgattn_cuda.so"
-NUM_ATTENTION_KERNELS = 12  # two dtypes x two head widths x three forms (config.cuh)
+NUM_KERNELS = {
+    "count_rows": 1,
+    "sort_rows": 1,
+    # Two dtypes x two head widths x three forms (config.cuh)
+    "attention_kernel": 12,
+    # Two dtypes x two head widths x rows of 64 or 128 queries
+    "one_pass_kernel": 8,
+    "exact_mask_kernel": 8,
+    "exact_mass_kernel": 8,
+    # Two dtypes x two head widths
+    "mean_queries_kernel": 4,
+    "mean_sums_kernel": 4,
+    "mean_probabilities_kernel": 4,
+    "mean_bits_kernel": 8,  # one mean a row, or several
+    # Two dtypes
+    "finish_rows_kernel": 2,
+    "keep_best_kernel": 2,
+    "keep_best_of_mean_kernel": 2,
+    # float32 scores, and probabilities in 16 bits by blocks of 256 and 512 threads
+    "select_kernel": 3,
+    "head_floor_kernel": 1,  # of two files, each with its own under this name
+}
 REGISTERS_OF_AN_SM = 65536
 EXPORTS = {
     "FgattnAttention",
     "FgattnWorkOrder",
+    "FgattnExactMask",
+    "FgattnExactMass",
+    "FgattnMeanMask",
+    "FgattnOnePass",
     "FgattnCheckAttention",
     "FgattnCheckWorkOrder",
+    "FgattnCheckExactMask",
+    "FgattnCheckExactMass",
+    "FgattnCheckMeanMask",
+    "FgattnCheckOnePass",
     "fgattn_abi_version",
     "fgattn_ffi_api_minor",
     "fgattn_source_hash",
+    "fgattn_mask_hash",
 }
 
 
@@ -80,7 +111,7 @@ def compiled(note) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def attention_kernels(compiled) -> list[str]:
-    return [name for name in compiled if "attention_kernel" in name]
+    return [name for name in compiled if "attention_kernel" in name or "one_pass_kernel" in name]
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +149,10 @@ def test_the_note_says_what_was_built_from_which_sources(note):
 
 def test_the_library_loads_without_a_driver_and_says_what_it_is(library):
     loaded = ctypes.CDLL(str(library))
-    assert (loaded.fgattn_abi_version(), loaded.fgattn_ffi_api_minor()) == (1, 1)
-    loaded.fgattn_source_hash.restype = ctypes.c_char_p
+    assert (loaded.fgattn_abi_version(), loaded.fgattn_ffi_api_minor()) == (2, 1)
+    loaded.fgattn_source_hash.restype = loaded.fgattn_mask_hash.restype = ctypes.c_char_p
     assert loaded.fgattn_source_hash().decode() == gpu_ledger.source_hash()
+    assert loaded.fgattn_mask_hash().decode() == gpu_ledger.mask_hash()
 
 
 def test_the_library_registers_with_the_installed_jaxlib(library):
@@ -151,9 +183,10 @@ def test_the_library_is_for_hopper_only(library):
     assert "ptx" not in run(tool("cuobjdump"), "--list-ptx", library).lower().replace("cuobjdump", "")
 
 
-def test_every_kernel_was_compiled(compiled, attention_kernels):
-    assert len(attention_kernels) == NUM_ATTENTION_KERNELS
-    assert len(compiled) > len(attention_kernels), "the kernels that order the work are missing"
+def test_every_kernel_was_compiled(compiled):
+    names = {mangled: [name for name in NUM_KERNELS if f"{len(name)}{name}" in mangled] for mangled in compiled}
+    assert {mangled for mangled, found in names.items() if len(found) != 1} == set()
+    assert Counter(found[0] for found in names.values()) == NUM_KERNELS
 
 
 def test_no_kernel_spills(compiled):

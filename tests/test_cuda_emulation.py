@@ -1,7 +1,6 @@
 """The CUDA kernels on a CPU (docs/notes/cuda_emulation.md): their own sources, thread by thread, in drawn orders."""
 
 import dataclasses
-import os
 import re
 
 import numpy as np
@@ -14,14 +13,6 @@ from gpu_ledger import SOURCES
 by_block = pytest.mark.parametrize("query_block", [64, 128])
 by_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 by_poison = pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory) -> emulation.Emulator:
-    """Compiled once a run: the workers of pytest-xdist share what one of them builds."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return emulation.Emulator(emulation.build_once(shared / "cuda_emulation"))
 
 
 def with_query_order(call: Call, seed: int = 0) -> Call:

@@ -6,9 +6,7 @@ import re
 import numpy as np
 import pytest
 from cuda_emulation.calls import assert_right, make_call, random_rows, run
-from cuda_emulation.emulator import EmulationError, Emulator, build
-
-pytestmark = pytest.mark.slow
+from cuda_emulation.emulator import KERNELS, EmulationError, Emulator, build_changed, changed
 
 KERNEL, PIPELINE, CONFIG, LAUNCH = "attention_kernel.cuh", "pipeline.cuh", "config.cuh", "attention.cu"
 # bfloat16 and heads of 64 alone: a third of the time to compile.
@@ -123,7 +121,7 @@ FAULTS = {
         "outside of every array",
     ),
     "one place too few for kept bits": (CONFIG, "kKeyLists + kStages + 2 : 1", "kKeyLists + kStages - 2 : 1", WRONG),
-    "one column of padding too few": (KERNEL, "column < padding", "column < padding - 1", WRONG),
+    "one column of padding too few": (KERNEL, ": column >= padding;", ": column >= padding - 1;", WRONG),
     "the second row of a pair is lost": (
         KERNEL,
         "if (work.row + 1 < args.num_rows) params_.workspace.leave(head * args.num_rows + work.row + 1);",
@@ -153,14 +151,25 @@ def run_calls(emulator: Emulator) -> None:
     run(emulator, few, strict=False, work_order=np.array([[[[0, 300]]]], np.int32))
 
 
-def test_no_fault(tmp_path):
-    run_calls(Emulator(build(tmp_path, {LAUNCH: NARROW})))
+def build_narrow(folder, emulation_library, **changes) -> Emulator:
+    return Emulator(build_changed(folder, {LAUNCH: NARROW} | changes, emulation_library.parent))
 
 
+def test_the_texts_that_faults_replace_stand_in_the_sources():
+    for file, *texts in [*(fault[:3] for fault in FAULTS.values()), *((LAUNCH, *texts) for texts in NARROW)]:
+        changed((KERNELS / file).read_text(), [tuple(texts)])
+
+
+@pytest.mark.slow
+def test_no_fault(tmp_path, emulation_library):
+    run_calls(build_narrow(tmp_path, emulation_library))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_every_fault_is_noticed(tmp_path, name):
+def test_every_fault_is_noticed(tmp_path, emulation_library, name):
     file, right, wrong, words = FAULTS[name]
-    emulator = Emulator(build(tmp_path, {LAUNCH: NARROW, file: [(right, wrong)]}))
+    emulator = build_narrow(tmp_path, emulation_library, **{file: [(right, wrong)]})
     with pytest.raises(AssertionError if words is WRONG else EmulationError) as noticed:
         run_calls(emulator)
     assert words is WRONG or re.search(words, str(noticed.value))

@@ -160,6 +160,7 @@ def test_key_and_noise_mean_the_same(model, noise):
         ({"predictor": "exact"}, "got str"),
         ({"refresh": RefreshPolicy()}, "no `predictor` makes them"),
         ({"predictor": PREDICTOR, "refresh": 3}, "`refresh` must be a `RefreshPolicy`, got int"),
+        ({"predictor": PREDICTOR, "refresh": RefreshPolicy(one_pass=True)}, "in two passes, got one_pass=True"),
     ],
 )
 def test_wrong_settings_are_named(model, noise, change, message):

@@ -177,7 +177,14 @@ def _row(implementation: str, case: str, rate: float, density: float = 0.3, mask
     main = next(case for case in CASES if case.name == EVEN)
     facts = {"queries": main.num_queries, "keys": main.num_keys, "heads": 12, "kv_heads": 12, "head_dim": 128}
     facts |= {"query_block": 128, "dtype": "bfloat16", "plan_ms": None, "device_ms": None, "status": "timed"}
-    row = {"implementation": implementation, "case": case, "density": density, "mask": mask, "note": None}
+    row = {
+        "bench": "gpu_attention",
+        "implementation": implementation,
+        "case": case,
+        "density": density,
+        "mask": mask,
+        "note": None,
+    }
     return row | facts | {"tflops": rate, "ms": main.flops(density) / rate / 1e9} | more
 
 

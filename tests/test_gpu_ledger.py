@@ -31,28 +31,34 @@ by_kernel = pytest.mark.parametrize(
     [
         ("cuda", "xla_ffi", cuda_support, gpu_ledger.source_hash),
         ("pallas", "pallas_kernels", pallas_support, gpu_ledger.pallas_hash),
+        ("masks", "xla_ffi", cuda_support, gpu_ledger.mask_hash),
     ],
-    ids=["cuda", "pallas"],
+    ids=["cuda", "pallas", "masks"],
 )
 
 
-def released_in_the_sources(folder: str) -> bool:
+def gate(kernel: str) -> str:
+    return "MASKS_RELEASED" if kernel == "masks" else "RELEASED"
+
+
+def released_in_the_sources(folder: str, kernel: str) -> bool:
     """What the file says; `--allow-unreleased` changes the module."""
     text = (gpu_ledger.ROOT / folder / "support.py").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("RELEASED")]
-    assert line in ("RELEASED = True", "RELEASED = False")
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{gate(kernel)} ")]
+    assert line in (f"{gate(kernel)} = True", f"{gate(kernel)} = False")
     return line.endswith("True")
 
 
 @by_kernel
 def test_a_released_kernel_has_passed_its_gpu_tests_with_exactly_these_sources(kernel, folder, module, present):
-    if released_in_the_sources(folder):
+    if released_in_the_sources(folder, kernel):
         assert gpu_ledger.release_errors(gpu_ledger.read(), present(), kernel) == []
 
 
 @by_kernel
 def test_the_module_says_what_its_source_says(request, kernel, folder, module, present):
-    assert (released_in_the_sources(folder) or request.config.getoption("--allow-unreleased")) == module.RELEASED
+    allowed = request.config.getoption("--allow-unreleased")
+    assert (released_in_the_sources(folder, kernel) or allowed) == getattr(module, gate(kernel))
 
 
 def test_all_entries_are_well_formed():
@@ -144,7 +150,8 @@ def whole_run() -> Tally:
 def machine(monkeypatch):
     facts = {k: GOOD[k] for k in ("date", "device", "compute_capability", "num_devices", "driver", "versions")}
     monkeypatch.setattr(gpu_ledger, "_machine", lambda: facts)
-    monkeypatch.setattr(gpu_ledger, "_hash_of_library", gpu_ledger.source_hash)
+    hashes = {"source_hash": gpu_ledger.source_hash, "mask_hash": gpu_ledger.mask_hash}
+    monkeypatch.setattr(gpu_ledger, "_hash_of_library", lambda name: hashes[name]())
 
 
 def test_a_whole_run_is_recorded_and_releases(machine, tmp_path):
@@ -193,7 +200,7 @@ def test_a_run_that_is_short_or_of_another_library_is_not_recorded(machine, monk
         NotRecordedError, match=f"at least {MINIMUM_PASSED} passed GPU tests of a kernel, got {{'cuda': 1}}"
     ):
         gpu_ledger.record(short, clean=True, path=path)
-    monkeypatch.setattr(gpu_ledger, "_hash_of_library", lambda: "")
+    monkeypatch.setattr(gpu_ledger, "_hash_of_library", lambda name: "")
     with pytest.raises(NotRecordedError, match="built from other sources: expected source_hash="):
         gpu_ledger.record(whole_run(), clean=True, path=path)
     assert not path.exists()
@@ -219,7 +226,7 @@ def test_a_run_in_parts_counts_as_one(machine, monkeypatch, tmp_path):
     second.pytest_runtest_logreport(report("tests/test_b.py::test_more[cuda]", outcome="failed"))
     with pytest.raises(NotRecordedError, match=r"not everything passed: .*test_more"):
         gpu_ledger.record(Tally(parts), clean=True, path=path)
-    monkeypatch.setattr(gpu_ledger, "_hash_of_library", lambda: "another")
+    monkeypatch.setattr(gpu_ledger, "_hash_of_library", lambda name: "another")
     with pytest.raises(NotRecordedError, match="of another run"):
         gpu_ledger.begin_part(parts)
 
@@ -227,6 +234,7 @@ def test_a_run_in_parts_counts_as_one(machine, monkeypatch, tmp_path):
 def test_the_library_says_from_which_sources_it_was_built(host_library, monkeypatch):
     monkeypatch.setattr(library, "find_library", lambda: host_library)
     assert gpu_ledger._hash_of_library() == gpu_ledger.source_hash()
+    assert gpu_ledger._hash_of_library("mask_hash") == gpu_ledger.mask_hash()
     monkeypatch.setattr(library, "find_library", lambda: None)
     assert gpu_ledger._hash_of_library() == ""
 

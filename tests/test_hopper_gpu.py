@@ -15,6 +15,7 @@ from cuda_cases import ALL_VARIANTS, edge_counts, for_cuda, rows_with_counts
 from fgattn_jax.attention import attention, attention_with_lse
 from fgattn_jax.evaluation.cases import SMALL_CASES, AttentionCase, make_inputs
 from fgattn_jax.evaluation.oracle import attention_oracle
+from fgattn_jax.implementations import dense
 from fgattn_jax.masks import SliceMask, from_rows, full
 from fgattn_jax.masks._bits import full_words
 from fgattn_jax.pallas_kernels import attention as pallas_attention
@@ -354,3 +355,26 @@ def test_the_second_gpu_is_set_up_as_the_first(kernel):
     moved = jax.device_put((inputs.query, inputs.key, inputs.value, mask), jax.devices("cuda")[1])
     for one, other in zip(run(*moved), expected, strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_dense_attention_with_its_lse_is_the_kernel_and_its_gradient_that_of_chunks(head_dim):
+    query, key, value = (
+        jax.random.normal(k, (2, 333, heads, head_dim), jnp.bfloat16)
+        for k, heads in zip(jax.random.split(jax.random.key(0), 3), (4, 2, 2), strict=True)
+    )
+
+    def loss(run, *arrays):
+        output, lse = run(*arrays)
+        return jnp.sum(output.astype(jnp.float32) ** 2) + jnp.sum(jnp.sin(lse)), (output, lse)
+
+    def by(run):
+        return jax.jit(jax.value_and_grad(functools.partial(loss, run), argnums=(0, 1, 2), has_aux=True))
+
+    assert "fgattn_attention" in jax.jit(attention_with_lse).lower(query, key, value).as_text()
+    found, expected = (
+        by(run)(query, key, value)
+        for run in (attention_with_lse, functools.partial(dense.chunked, scale=head_dim**-0.5))
+    )
+    chex.assert_trees_all_close(found[0][1][1], expected[0][1][1], atol=1e-4, rtol=1e-5)
+    chex.assert_trees_all_close((found[0][1][0], found[1]), (expected[0][1][0], expected[1]), atol=3e-2, rtol=3e-2)

@@ -24,7 +24,7 @@ GAIN = 8.0  # means of 16 random queries are a quarter as large
 
 def mean_scores(query, key, query_block, num_means=1, query_order=None, scale=None):
     """Mean over the parts of a row of the softmax of their mean queries: `[B, N, R, S]` in float64."""
-    query = np.asarray(query, np.float64)
+    dtype, query = query.dtype, np.asarray(query, np.float64)
     B, T, N, _ = query.shape
     part = query_block // num_means
     order = np.broadcast_to(np.arange(T) if query_order is None else query_order, (B, N, T))
@@ -33,7 +33,7 @@ def mean_scores(query, key, query_block, num_means=1, query_order=None, scale=No
         for n in range(N):
             for row in queries_of_rows(order[b, n], T, query_block):
                 means = [query[b, row[start : start + part], n].mean(0) for start in range(0, len(row), part)]
-                head = np.array(means)[None, :, None]
+                head = np.array(means).astype(dtype)[None, :, None]
                 group = n // (N // key.shape[2])
                 scores.append(probabilities(head, key[b : b + 1, :, group : group + 1], scale)[0][0, 0].mean(0))
     return np.array(scores).reshape(B, N, -1, key.shape[1])

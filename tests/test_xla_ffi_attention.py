@@ -16,9 +16,12 @@ from jax import export
 
 from fgattn_jax.attention import attention, attention_with_lse, explain
 from fgattn_jax.errors import UnsupportedError
+from fgattn_jax.evaluation import layer_timing
 from fgattn_jax.evaluation.cases import SMALL_CASES, make_inputs
+from fgattn_jax.evaluation.layer import LayerSetup, Rule
+from fgattn_jax.evaluation.model_shapes import ModelShape
 from fgattn_jax.evaluation.oracle import attention_oracle
-from fgattn_jax.implementations import cuda, transforms
+from fgattn_jax.implementations import cuda, dense, transforms
 from fgattn_jax.xla_ffi import attention as adapter
 from fgattn_jax.xla_ffi import library
 
@@ -274,3 +277,40 @@ def test_naming_cuda_on_this_machine_raises_with_every_reason():
         with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU of the Hopper generation, and platform='cpu'"):
             run(inputs.query, inputs.key, inputs.value, inputs.mask)
         assert explain(inputs.query, inputs.key, inputs.value, inputs.mask).implementation == "xla"
+
+
+def test_the_layer_benchmark_times_the_order_of_work_alone(host_kernel):
+    shape = ModelShape("small", "small", (3, 4, 5), num_heads=1, head_dim=64, num_layers=2, text_tokens=6)
+    setup = LayerSetup(
+        shape, 1, "bfloat16", query_block=64, predictors=("mean-query",), rule=Rule("top_k", 20), steps=8,
+        implementation="cuda", rounds=1,
+    )  # fmt: skip
+    (row,) = layer_timing.measure(setup)
+    assert row["implementation"] == "cuda"
+    assert row["order_made"] == "work order kernel"
+    assert row["step_order_ms"] == pytest.approx(row["order_ms"], abs=1e-3)
+    assert row["target_density"] is None
+    assert row["density"] == pytest.approx(26 / 66, abs=0.1)  # the 20 best keys, and 6 of text
+
+
+def test_dense_attention_by_the_kernel_runs_in_chunks_on_other_platforms(unregistered):
+    query, key, value = (
+        jax.random.normal(k, (2, 150, 4, 64), jnp.bfloat16) for k in jax.random.split(jax.random.key(0), 3)
+    )
+    checks = [export.DisabledSafetyCheck.custom_call(t) for t in (library.ATTENTION_TARGET, library.WORK_ORDER_TARGET)]
+
+    def program(platform):
+        run = jax.jit(functools.partial(dense.by_kernel, scale=0.1))
+        return export.export(run, platforms=[platform], disabled_checks=checks)(query, key, value).mlir_module()
+
+    assert "@fgattn_attention" in program("cuda")
+    assert "@fgattn_attention" not in program("cpu")
+
+    def loss(run, *arrays):
+        output, lse = run(*arrays, scale=0.1)
+        return jnp.sum(output.astype(jnp.float32) ** 2) + jnp.sum(lse)
+
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(loss, run), (0, 1, 2))) for run in (dense.by_kernel, dense.chunked)
+    )
+    chex.assert_trees_all_close(found(query, key, value), expected(query, key, value), atol=1e-5)

@@ -15,12 +15,23 @@ from pathlib import Path
 _PACKAGE = "fgattn_jax.xla_ffi"
 LIBRARY_NAME = "libfgattn_cuda.so"
 BUILD_NOTE_NAME = "cuda_build.txt"
-ABI_VERSION = 1
+ABI_VERSION = 2
 """What `fgattn_abi_version()` of the library must return: targets, operands, results and attributes as used here."""
 
 ATTENTION_TARGET = "fgattn_attention"
 WORK_ORDER_TARGET = "fgattn_work_order"
-_SYMBOLS = {ATTENTION_TARGET: "FgattnAttention", WORK_ORDER_TARGET: "FgattnWorkOrder"}
+EXACT_MASK_TARGET = "fgattn_exact_mask"
+EXACT_MASS_TARGET = "fgattn_exact_mass"
+MEAN_MASK_TARGET = "fgattn_mean_mask"
+ONE_PASS_TARGET = "fgattn_one_pass"
+_SYMBOLS = {
+    ATTENTION_TARGET: "FgattnAttention",
+    WORK_ORDER_TARGET: "FgattnWorkOrder",
+    EXACT_MASK_TARGET: "FgattnExactMask",
+    EXACT_MASS_TARGET: "FgattnExactMass",
+    MEAN_MASK_TARGET: "FgattnMeanMask",
+    ONE_PASS_TARGET: "FgattnOnePass",
+}
 _HOW_TO_BUILD = "build it with `FGATTN_BUILD_CUDA=1 pip install .` on Linux x86-64"
 
 _lock = threading.Lock()

@@ -5,6 +5,8 @@ from fgattn_jax.xla_ffi import library
 # No kernel runs by itself before it passed its tests on a GPU: tests/test_gpu_ledger.py allows True only when
 # tests/gpu_ledger.json holds such a run of exactly these sources.
 RELEASED = True
+MASKS_RELEASED = True
+"""The same for the kernels that make masks."""
 
 COMPUTE_CAPABILITY = "9.0"
 DTYPES = ("bfloat16", "float16")
@@ -13,7 +15,13 @@ QUERY_BLOCKS = (64, 128)
 
 
 def unsupported_reasons(
-    *, head_dim: int, query_block: int, dtype: str, platform: str, compute_capability: str | None = None
+    *,
+    head_dim: int,
+    query_block: int,
+    dtype: str,
+    platform: str,
+    compute_capability: str | None = None,
+    for_masks: bool = False,
 ) -> tuple[str, ...]:
     """Says why the CUDA kernel cannot run a call.
 
@@ -25,12 +33,13 @@ def unsupported_reasons(
         dtype: Name of the dtype of query, key and value, as `"bfloat16"`.
         platform: Where the call would run, as JAX names it: `"cpu"`, `"gpu"`, `"cuda"`, `"rocm"` or `"tpu"`.
         compute_capability: Of the GPU, as `"9.0"`; None off NVIDIA GPUs or where it is not known.
+        for_masks: The call makes a mask, and `query_block` is that of the mask.
 
     Returns:
         One sentence per reason; empty if the call is supported.
     """
     reasons = []
-    if not RELEASED:
+    if not (MASKS_RELEASED if for_masks else RELEASED):
         reasons.append("the CUDA kernel of this version has not passed its tests on a GPU yet")
     reasons.extend(library.unusable_reasons())
     if platform not in ("gpu", "cuda"):

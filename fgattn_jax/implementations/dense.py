@@ -1,4 +1,4 @@
-"""Attention without a mask: in query chunks anywhere, cuDNN on NVIDIA GPUs.
+"""Attention without a mask: in query chunks anywhere, cuDNN on NVIDIA GPUs, the CUDA kernel for an LSE on Hopper.
 
 Refresh steps run dense, so this path has to be the fastest there is; and it must not hold `[T, S]` scores either.
 """
@@ -9,9 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fgattn_jax.implementations import transforms
 from fgattn_jax.implementations.spec import CallSpec
 from fgattn_jax.implementations.xla_config import XlaConfig, default_config
+from fgattn_jax.masks._bits import full_words
+from fgattn_jax.xla_ffi import attention as cuda_attention
+from fgattn_jax.xla_ffi import support
 
+_KERNEL_ROW = 128  # queries a row of the mask that keeps all keys
 _LEAST_QUERIES = 16  # fewer would starve the products
 
 
@@ -77,3 +82,46 @@ def cudnn(
     return jax.lax.platform_dependent(
         query, key, value, cuda=fused, default=lambda *arrays: chunked(*arrays, scale=scale)[0]
     )
+
+
+def kernel_reasons(spec: CallSpec) -> tuple[str, ...]:
+    """Why the CUDA kernel cannot run the call with all keys kept; empty if it can."""
+    return support.unsupported_reasons(
+        head_dim=spec.head_dim,
+        query_block=_KERNEL_ROW,
+        dtype=spec.dtype,
+        platform=spec.platform,
+        compute_capability=spec.compute_capability,
+    )
+
+
+def by_kernel(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], *, scale: float
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention over all keys and its float32 LSE by the CUDA kernel, chunked where the program runs elsewhere.
+
+    cuDNN's own LSE comes back in 16 bits. Gradients are those of `chunked`.
+    """
+    num_rows = -(-query.shape[1] // _KERNEL_ROW)
+    words = jnp.asarray(full_words(key.shape[1]))
+    bits = jnp.broadcast_to(words, (1, 1, num_rows, words.shape[-1]))
+    arrays = (query, key, value, bits, None, None)
+    return transforms.apply(_KERNEL_PAIR, *arrays, scale=scale, query_block=_KERNEL_ROW)
+
+
+def _forward(query, key, value, bits, query_order, work_order, *, scale: float, query_block: int):
+    def other(query, key, value, *_):
+        return chunked(query, key, value, scale=scale)
+
+    kernel = functools.partial(cuda_attention.forward, scale=scale, query_block=query_block)
+    arrays = (query, key, value, bits, query_order, work_order)
+    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=other)
+
+
+def _backward(query, key, value, bits, query_order, output, lse, d_output, d_lse, *, scale: float, query_block: int):
+    del bits, query_order, output, lse, query_block
+    _, pull = jax.vjp(functools.partial(chunked, scale=scale), query, key, value)
+    return pull((d_output, d_lse))
+
+
+_KERNEL_PAIR = transforms.KernelPair(_forward, _backward, takes_work_order=True)

@@ -21,9 +21,10 @@ class LinenSliceAttentionFn(nn.Module):
     """Attention over the slices of a mask that it predicts and keeps, in the variable collection `"slice_mask"`.
 
     `MultiHeadDotProductAttention(attention_fn=LinenSliceAttentionFn(predictor, policy))`. The collection is made by
-    `init` for the lengths it is called with, and holds per layer a `SliceMask` (`mask`) and the int32 counters
-    `num_steps`, `age` and `num_refreshes`. Every call is one step. Pass the collection to `apply` with
-    `mutable=["slice_mask"]` and carry what comes back; `jax.tree.map(jnp.zeros_like, ...)` of it starts a new run.
+    `init` for the lengths it is called with, and holds per layer a `SliceMask` (`mask`), the int32 counters
+    `num_steps`, `age` and `num_refreshes`, and, where the policy refreshes in one pass, the `lse` of the last step.
+    Every call is one step. Pass the collection to `apply` with `mutable=["slice_mask"]` and carry what comes back;
+    `jax.tree.map(jnp.zeros_like, ...)` of it starts a new run.
 
     Make the object where the layer is made, one for each: layers that share one share its mask.
 
@@ -37,8 +38,8 @@ class LinenSliceAttentionFn(nn.Module):
             `nn.scan` over layers is an input of the scanned block.
 
     Raises:
-        ValueError: At the first call: an argument is of another kind, or the policy names dense layers and `dense` is
-            None.
+        ValueError: At the first call: an argument is of another kind, the policy names dense layers and `dense` is
+            None, or it refreshes in one pass and the predictor cannot.
 
     Example:
         >>> import flax.linen as nn
@@ -125,27 +126,32 @@ class LinenSliceAttentionFn(nn.Module):
         query, key, value = _flax_call.promote(dtype, query, key, value)
         folded = _flax_call.fold(query, key, value)
         structure = _cached_step.mask_structure(self.predictor, folded[0], folded[1])
-        self._check_collection()
+        self._check_collection(one_pass=policy.one_pass)
         kept = self.variable(COLLECTION, "mask", lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structure))
-        counters = [
+        fields: list[nn.Variable[Any]] = [
             self.variable(COLLECTION, name, lambda: jnp.zeros((), jnp.int32))
             for name in ("num_steps", "age", "num_refreshes")
         ]
+        if policy.one_pass:
+            batch, num_queries, num_heads, _ = folded[0].shape
+            fields.append(
+                self.variable(COLLECTION, "lse", _cached_step.empty_lse, policy, batch, num_heads, num_queries)
+            )
         _check_structure(kept.value, structure)
         output, state = _cached_step.attend(
             *folded,
-            _cached_step.MaskState(kept.value, *(counter.value for counter in counters)),
+            _cached_step.MaskState(kept.value, *(field.value for field in fields)),
             settings=(self.predictor, policy, self.implementation),
             dense=dense,
             step=None,
         )
         if not self.is_initializing():
             kept.value = state.mask
-            for counter, new in zip(counters, state[1:], strict=True):
-                counter.value = new
+            for field, new in zip(fields, state[1:], strict=False):  # without `lse` where none is kept
+                field.value = new
         return output.reshape(query.shape)
 
-    def _check_collection(self) -> None:
+    def _check_collection(self, *, one_pass: bool) -> None:
         if self.is_initializing():
             # Linen shares by reference: one object in two layers is one set of variables. Only `init` is sure to run
             # one forward; later a layer may well be called twice, for two steps.
@@ -162,6 +168,11 @@ class LinenSliceAttentionFn(nn.Module):
             raise ValueError(
                 f"expected the variable collection {COLLECTION!r} in `apply`, got none for {'/'.join(self.path)}: pass "
                 f"the one that `init` made, {{'params': params, {COLLECTION!r}: masks}}, and carry the updated one"
+            )
+        if one_pass and not self.has_variable(COLLECTION, "lse"):
+            raise ValueError(
+                f"expected `lse` in the collection {COLLECTION!r}, which a policy with one_pass=True keeps, got none "
+                f"for {'/'.join(self.path)}: make the collection with `init` and this policy"
             )
         if not self.is_mutable_collection(COLLECTION):
             raise ValueError(

@@ -22,6 +22,8 @@ TEMPLATE_WIDTH = 16
 class SliceMaskCache(nnx.Cache):
     """Variables of a cached mask: its bits, its query order, and the counters that say how old it is.
 
+    Where the policy refreshes in one pass, the LSE of the last step is one of them.
+
     Split, carry and reset with this type as the filter: `nnx.split(model, nnx.Param, SliceMaskCache, ...)`. All zeros
     mean that no mask was made yet.
     """
@@ -54,8 +56,8 @@ class NNXSliceAttentionFn(nnx.Module):
             before tracing; an array, as `nnx.vmap` over layers passes it, is kept in a `DenseLayerFlag`.
 
     Raises:
-        ValueError: An argument is of another kind, the policy names dense layers and `dense` is None, or the budget or
-            query order of the predictor does not fit the lengths.
+        ValueError: An argument is of another kind, the policy names dense layers and `dense` is None, it refreshes in
+            one pass and the predictor cannot, or the budget or query order of the predictor does not fit the lengths.
 
     Note:
         Works under nnx.jit, nnx.scan over stacked layers, and `jax.lax.scan` over steps with one trace. Under
@@ -111,6 +113,8 @@ class NNXSliceAttentionFn(nnx.Module):
         self.num_steps = SliceMaskCache(jnp.zeros((), jnp.int32))
         self.age = SliceMaskCache(jnp.zeros((), jnp.int32))
         self.num_refreshes = SliceMaskCache(jnp.zeros((), jnp.int32))
+        lse = _cached_step.empty_lse(self.policy, batch, num_heads, num_queries)
+        self.lse = nnx.data(None if lse is None else SliceMaskCache(lse))
 
     def __call__(
         self,
@@ -190,7 +194,8 @@ class NNXSliceAttentionFn(nnx.Module):
         if query.ndim == 4 and key.ndim == 4:
             self._check_shapes(query.shape, key.shape)
         check_step(step)
-        state = _cached_step.MaskState(self.mask, self.num_steps[...], self.age[...], self.num_refreshes[...])
+        counters = (self.num_steps[...], self.age[...], self.num_refreshes[...])
+        state = _cached_step.MaskState(self.mask, *counters, None if self.lse is None else self.lse[...])
         output, state = _cached_step.attend(
             query,
             key,
@@ -206,6 +211,8 @@ class NNXSliceAttentionFn(nnx.Module):
         self.num_steps[...] = state.num_steps
         self.age[...] = state.age
         self.num_refreshes[...] = state.num_refreshes
+        if self.lse is not None:
+            self.lse[...] = state.lse
         return output
 
     @property
@@ -243,7 +250,7 @@ class NNXSliceAttentionFn(nnx.Module):
 
     def reset(self) -> None:
         """Forget the mask and start again at step 0, in place; for all layers, if they are stacked."""
-        for variable in (self.bits, self.query_order, self.num_steps, self.age, self.num_refreshes):
+        for variable in (self.bits, self.query_order, self.num_steps, self.age, self.num_refreshes, self.lse):
             if variable is not None:
                 variable[...] = jnp.zeros_like(variable[...])
 

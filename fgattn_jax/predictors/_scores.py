@@ -1,6 +1,7 @@
 """Scores of every (row, key) pair in chunks of rows, turned into mask bits before the next chunk starts."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from fgattn_jax.masks._bits import pack_rows
-from fgattn_jax.predictors import _select
+from fgattn_jax.predictors import _hopper, _select
 from fgattn_jax.predictors.budget import Budget
 
 Statistic = Literal["peak", "mass", "mean"]
@@ -47,13 +48,12 @@ def predict_bits(
     # Bits have no derivative: without this, reverse mode would keep the scores of every chunk.
     query, key, lse, scale = jax.lax.stop_gradient((query, key, lse, scale))
     operands = (query, key, lse, query_order, scale, row_queries)
-    if chunk_bytes is not None:
-        return bits(chunk_bytes, *operands)
-    return jax.lax.platform_dependent(
-        *operands,
-        cpu=functools.partial(bits, CPU_CHUNK_BYTES),
-        default=functools.partial(bits, DEVICE_CHUNK_BYTES),
-    )
+    branches: dict[str, Callable] = {"cpu": functools.partial(bits, chunk_bytes or CPU_CHUNK_BYTES)}
+    kernel = _hopper.exact_bits(query, key, lse, statistic, budget, query_block)
+    if kernel is not None:
+        branches["cuda"] = lambda query, key, lse, order, scale, _: kernel(query, key, lse, order, scale)
+    other = functools.partial(bits, chunk_bytes or DEVICE_CHUNK_BYTES)
+    return jax.lax.platform_dependent(*operands, **branches, default=other)
 
 
 def _bits_of_heads(query_block, statistic, budget, chunk_bytes, query, key, lse, query_order, scale, row_queries):

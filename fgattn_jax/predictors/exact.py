@@ -45,6 +45,8 @@ class ExactPredictor(AbstractPredictor):
         Cost: one `Q K^T` product in chunks, about half a dense attention, twice that with a per-head floor. The mask
         leaves each chunk as bits; memory does not grow with `T * S`. The LSE of dense attention spares a maximum
         and a sum of exponentials over every chunk, and no product: without it the call works and is somewhat slower.
+        On Hopper GPUs a kernel makes the mask of 16-bit inputs where the LSE is given and H and M are 64 or 128, but
+        for peaks that the budget ranks (anything beyond a threshold and `min_keys` of 0 or 1).
         Products of float32 inputs are full float32; those of bfloat16 and float16 are exact and summed in float32.
         Not differentiable (bits). Under `jit` with sharded heads or batch, wrap the call in `shard_map`: heads are
         scored one after the other.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from fgattn_jax.masks import SliceMask
-from fgattn_jax.predictors import _inputs
+from fgattn_jax.predictors import _hopper, _inputs
 from fgattn_jax.predictors._scores import predict_bits
 from fgattn_jax.predictors.abstract import AbstractPredictor
 from fgattn_jax.predictors.budget import Budget
@@ -21,8 +21,8 @@ MEAN_THRESHOLD = 0.1
 class MeanQueryPredictor(AbstractPredictor):
     """Keep the slices whose key the mean query of the slice attends to.
 
-    The `M` queries of a row are split into `num_means` parts of neighbours, `m_a` is the mean of part `a`, and the
-    score of slice (row `r`, key `s`) is
+    The `M` queries of a row are split into `num_means` parts of neighbours, `m_a` is the mean of part `a`, a query of
+    the queries' own dtype, and the score of slice (row `r`, key `s`) is
 
         `mean over the parts a of softmax over s of (scale * m_a . k_s)`
 
@@ -43,7 +43,10 @@ class MeanQueryPredictor(AbstractPredictor):
         ValueError: An attribute is out of range.
 
     Note:
-        Cost: `num_means / M` of one `Q K^T` product, twice that with a per-head floor. Means are taken in float32.
+        Cost: `num_means / M` of one `Q K^T` product, twice that with a per-head floor. Means are summed in float32 and
+        rounded to the dtype of the queries, as frameworks take them. On Hopper GPUs a kernel makes the mask; keys that
+        it ranks (all budgets but a plain threshold) have probabilities of 16 bits: closer than 0.1 % they may change
+        places.
         Not differentiable (bits). Proxy scores are over-confident: with `top_p`, give `min_keys` or `head_floor`.
         Probabilities of the parts are averaged because that kept more of the exact mass at equal density than the
         log-sum-exp of their logits in nearly every setting of a trial on synthetic smooth fields with three-axis
@@ -116,26 +119,37 @@ class MeanQueryPredictor(AbstractPredictor):
         budget = self.budget.with_default(threshold=MEAN_THRESHOLD / num_keys)
         budget.check_fits(num_keys)
         order = _inputs.order_operand(self.query_order, batch, num_queries, num_heads)
-        means = mean_queries(query, order, self.query_block // self.num_means)
-        bits = predict_bits(
-            means,
-            key,
-            None,
-            None,
-            _inputs.resolve_scale(scale, width),
-            _inputs.queries_of_rows(num_queries, self.query_block),
-            query_block=self.num_means,
-            statistic="mean",
-            budget=budget,
-            chunk_bytes=self.chunk_bytes,
-        )
+
+        def plain(query, key, order, scale):
+            return predict_bits(
+                mean_queries(query, order, self.query_block // self.num_means),
+                key,
+                None,
+                None,
+                scale,
+                _inputs.queries_of_rows(num_queries, self.query_block),
+                query_block=self.num_means,
+                statistic="mean",
+                budget=budget,
+                chunk_bytes=self.chunk_bytes,
+            )
+
+        operands = jax.lax.stop_gradient((query, key, order, _inputs.resolve_scale(scale, width)))
+        kernel = _hopper.mean_bits(query, key, budget, self.query_block, self.num_means)
+        if kernel is None:
+            bits = plain(*operands)
+        else:
+            bits = jax.lax.platform_dependent(*operands, cuda=kernel, default=plain)
         return SliceMask(bits, order, query_block=self.query_block, num_keys=num_keys, num_queries=num_queries)
 
 
 def mean_queries(
     query: Float[Array, "B T N H"], query_order: Int32[Array, "B N T"] | None, group: int
-) -> Float32[Array, "B G N H"]:
-    """Means of every `group` queries in order: `G = ceil(T / group)`, the last one over the queries there are."""
+) -> Float[Array, "B G N H"]:
+    """Means of every `group` queries in order: `G = ceil(T / group)`, the last one over the queries there are.
+
+    Summed in float32, in the dtype of the queries: a kernel multiplies them as it does queries.
+    """
     batch, num_queries, num_heads, width = query.shape
     if query_order is not None:
         numbers = jnp.swapaxes(query_order, 1, 2)[..., None]  # [B|1, T, N|1, 1]
@@ -144,4 +158,4 @@ def mean_queries(
     padded = jnp.pad(query, ((0, 0), (0, groups * group - num_queries), (0, 0), (0, 0)))
     sums = jnp.sum(padded.reshape(batch, groups, group, num_heads, width), axis=2, dtype=jnp.float32)
     sizes = jnp.minimum(num_queries - jnp.arange(groups) * group, group)
-    return sums / jax.lax.expand_dims(sizes, (0, 2, 3)).astype(jnp.float32)
+    return (sums / jax.lax.expand_dims(sizes, (0, 2, 3)).astype(jnp.float32)).astype(query.dtype)

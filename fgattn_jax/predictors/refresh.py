@@ -42,6 +42,9 @@ class RefreshPolicy:
         dense_layers: Layers whose attention is always dense; negative ones count from the last layer. Any iterable
             of integers; stored as a sorted tuple.
         max_age: Greatest age, in steps, at which a mask is still used. A mask has age 0 at the step that made it.
+        one_pass: Refreshes but the first of a run measure probabilities by the LSE of the last step, so that dense
+            attention and the mask take one pass over the keys (`one_pass_refresh` says with which predictors, and
+            what it saves where). For the layers of `fgattn_jax.nn`, which keep that LSE: `B * N * T` numbers each.
 
     Raises:
         ValueError: A value is out of range or not an integer known before tracing.
@@ -60,6 +63,7 @@ class RefreshPolicy:
     dense_first: int = 0
     dense_layers: Iterable[int] = ()
     max_age: int | None = None
+    one_pass: bool = False
 
     def __post_init__(self):
         set_field = object.__setattr__
@@ -68,6 +72,8 @@ class RefreshPolicy:
         set_field(self, "dense_first", _integer("dense_first", self.dense_first, least=0, unit="steps"))
         if self.max_age is not None:
             set_field(self, "max_age", _integer("max_age", self.max_age, least=0, unit="steps"))
+        if not isinstance(self.one_pass, bool):
+            raise ValueError(f"expected True or False for `one_pass`, got one_pass={self.one_pass!r}")
         set_field(self, "steps", _integers("steps", self.steps))
         set_field(self, "dense_layers", _integers("dense_layers", self.dense_layers))
         for step in self.steps:
@@ -163,6 +169,8 @@ class RefreshPolicy:
             text += f"; first {self.dense_first} steps dense"
         if self.dense_layers:
             text += "; dense layers " + ", ".join(map(str, self.dense_layers))
+        if self.one_pass:
+            text += "; in one pass after the first"
         return text
 
 

@@ -97,6 +97,10 @@ def sample(
         raise ValueError("`refresh` says when masks are made, but no `predictor` makes them; give one or drop it.")
     if refresh is not None and not isinstance(refresh, RefreshPolicy):
         raise ValueError(f"`refresh` must be a `RefreshPolicy`, got {type(refresh).__name__}.")
+    if refresh is not None and refresh.one_pass:
+        raise ValueError(
+            "`refresh` must refresh in two passes, got one_pass=True: the sampler keeps no LSE; leave it out."
+        )
     policy = (refresh or RefreshPolicy()) if predictor is not None else None
     labels = [label] if guidance == 1 else [label, jnp.full_like(label, config.null_label)]
     graph, state = nnx.split(model)

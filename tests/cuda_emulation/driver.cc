@@ -3,6 +3,8 @@
 
 #include "emulation.h"
 #include "launch.h"
+#include "masks/mask_launch.h"
+#include "masks/one_pass_launch.h"
 
 namespace {
 
@@ -30,6 +32,34 @@ int emulation_attention_args_bytes() { return sizeof(fgattn::AttentionArgs); }
 const char* emulation_attention(const fgattn::AttentionArgs* args, const emulation::Region* regions, int num_regions,
                                 uint64_t seed, int num_sms) {
   return run(fgattn::launch_attention, *args, regions, num_regions, seed, num_sms);
+}
+
+int emulation_exact_mask_args_bytes() { return sizeof(fgattn::ExactMaskArgs); }
+
+const char* emulation_exact_mask(const fgattn::ExactMaskArgs* args, const emulation::Region* regions, int num_regions,
+                                 uint64_t seed, int num_sms) {
+  return run(fgattn::launch_exact_mask, *args, regions, num_regions, seed, num_sms);
+}
+
+int emulation_exact_mass_args_bytes() { return sizeof(fgattn::ExactMassArgs); }
+
+const char* emulation_exact_mass(const fgattn::ExactMassArgs* args, const emulation::Region* regions, int num_regions,
+                                 uint64_t seed, int num_sms) {
+  return run(fgattn::launch_exact_mass, *args, regions, num_regions, seed, num_sms);
+}
+
+int emulation_mean_mask_args_bytes() { return sizeof(fgattn::MeanMaskArgs); }
+
+const char* emulation_mean_mask(const fgattn::MeanMaskArgs* args, const emulation::Region* regions, int num_regions,
+                                uint64_t seed, int num_sms) {
+  return run(fgattn::launch_mean_mask, *args, regions, num_regions, seed, num_sms);
+}
+
+int emulation_one_pass_args_bytes() { return sizeof(fgattn::OnePassArgs); }
+
+const char* emulation_one_pass(const fgattn::OnePassArgs* args, const emulation::Region* regions, int num_regions,
+                               uint64_t seed, int num_sms) {
+  return run(fgattn::launch_one_pass, *args, regions, num_regions, seed, num_sms);
 }
 
 const char* emulation_work_order(const fgattn::WorkOrderArgs* args, const emulation::Region* regions, int num_regions,

@@ -1,11 +1,12 @@
 """Builds the CUDA kernels for the CPU and runs them there, thread by thread (docs/notes/cuda_emulation.md)."""
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,10 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "xla_ffi" / "csrc"
 # Taken from here instead: what stands in for instructions of the device.
 REPLACED = ("ptx.cuh", "wgmma.cuh")
+OWN = tuple(HERE / name for name in ("driver.cc", "threads.cc", "memory.cc", "products.cc"))
+MASK_FILES = tuple(f"masks/{name}.cu" for name in ("exact_mask", "exact_mass", "mean_mask", "one_pass"))
+# Those that take longest come first.
+KERNEL_FILES = ("attention.cu", *MASK_FILES, "work_order.cu")
 DTYPES = {"bfloat16": 0, "float16": 1}
 
 
@@ -35,7 +40,7 @@ def changed(source: str, changes: Sequence[tuple[str, str]]) -> str:
 
 
 def build(folder: Path, changes: Mapping[str, Sequence[tuple[str, str]]] | None = None) -> Path:
-    """Compiles the kernels in `folder`.
+    """Compiles the kernels in `folder`, as many files at a time as there are cores.
 
     Args:
         folder: An empty folder.
@@ -48,52 +53,70 @@ def build(folder: Path, changes: Mapping[str, Sequence[tuple[str, str]]] | None 
         ValueError: If a text to replace does not stand in the sources exactly once.
         RuntimeError: If g++ is missing or refuses, with its words.
     """
+    _write_sources(folder, changes or {})
+    sources = [*OWN, *(folder / f"{Path(kernel).stem}.cc" for kernel in KERNEL_FILES)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _compile(source, folder), sources))
+    return _link(objects, folder)
+
+
+def build_changed(folder: Path, changes: Mapping[str, Sequence[tuple[str, str]]], unchanged: Path) -> Path:
+    """`build` of a library whose attention kernel alone has `changes`.
+
+    Args:
+        folder: An empty folder.
+        changes: See `build`.
+        unchanged: Where `build` has compiled the kernels as they are: all other objects are taken from there.
+
+    Returns:
+        The library.
+
+    Raises:
+        ValueError: See `build`.
+        RuntimeError: See `build`.
+    """
+    _write_sources(folder, changes)
+    # First: of functions that several objects hold, the linker takes the first.
+    attention = _compile(folder / "attention.cc", folder)
+    others = sorted(path for path in unchanged.glob("*.o") if path.name != attention.name)
+    return _link([attention, *others], folder)
+
+
+def _write_sources(folder: Path, changes: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+    (folder / "masks").mkdir()
+    for path in (*KERNELS.iterdir(), *(KERNELS / "masks").iterdir()):
+        if path.suffix in {".h", ".cuh", ".cu"} and path.name not in REPLACED:
+            text = translate(changed(path.read_text(), changes.get(path.name, ())))
+            (folder / path.relative_to(KERNELS)).write_text(text)
+    for name in REPLACED:
+        shutil.copy(HERE / name, folder / name)
+    for kernel in KERNEL_FILES:
+        (folder / f"{Path(kernel).stem}.cc").write_text(f'#include "{kernel}"\n')
+
+
+def _compile(source: Path, folder: Path) -> Path:
+    made = folder / f"{source.stem}.o"
+    flags = ["-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fPIC"]
+    flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused", f"-I{folder}", f"-I{HERE / 'include'}", f"-I{HERE}"]
+    _run_compiler(*flags, "-c", str(source), "-o", str(made))
+    return made
+
+
+def _link(objects: Sequence[Path], folder: Path) -> Path:
+    library = folder / "libemulation.so"
+    _run_compiler("-shared", *map(str, objects), "-o", str(library))
+    return library
+
+
+def _run_compiler(*arguments: str) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         raise RuntimeError(
             "the CUDA kernels' emulation needs g++ (Debian, Ubuntu: apt-get install g++); none was found"
         )
-    changes = changes or {}
-    for path in KERNELS.iterdir():
-        if path.suffix in {".h", ".cuh", ".cu"} and path.name not in REPLACED:
-            (folder / path.name).write_text(translate(changed(path.read_text(), changes.get(path.name, ()))))
-    for name in REPLACED:
-        shutil.copy(HERE / name, folder / name)
-    library = folder / "libemulation.so"
-    sources = [HERE / name for name in ("driver.cc", "threads.cc", "memory.cc", "products.cc")]
-    for kernel in ("attention.cu", "work_order.cu"):
-        sources.append((folder / kernel).with_suffix(".cc"))
-        sources[-1].write_text(f'#include "{kernel}"\n')
-    command = [compiler, "-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fPIC"]
-    command += ["-shared", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused"]
-    command += [f"-I{folder}", f"-I{HERE / 'include'}", f"-I{HERE}", *map(str, sources), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return library
-
-
-def build_once(folder: Path, *, timeout: float = 240.0) -> Path:
-    """`build` in `folder` by the first process that asks; others wait for the library at most `timeout` seconds."""
-    library, words = folder / "emulation.so", folder / "refused.txt"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        limit = time.monotonic() + timeout
-        while not library.exists():
-            if words.exists():
-                raise RuntimeError(words.read_text()) from None
-            if time.monotonic() > limit:
-                raise RuntimeError(f"no library in {folder} within timeout={timeout:g} s: see its builder") from None
-            time.sleep(0.2)
-        return library
-    try:
-        build(folder).rename(library)  # at once: nobody loads half of it
-    except Exception as error:
-        (folder / "words").write_text(str(error))
-        (folder / "words").rename(words)
-        raise
-    return library
+        raise RuntimeError(f"{' '.join([compiler, *arguments])}\n{done.stderr}")
 
 
 class _TokenStrides(ctypes.Structure):
@@ -119,6 +142,75 @@ class AttentionArgs(ctypes.Structure):
     ]
 
 
+class ScoreArgs(ctypes.Structure):
+    """`fgattn::ScoreArgs` of masks/mask_launch.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "lse", "scale", "query_order")),
+        *((f"{name}_strides", _TokenStrides) for name in ("query", "key")),
+        ("query_order_strides", _MaskStrides),
+        *((name, ctypes.c_int32) for name in ("batch", "num_queries", "num_keys", "num_heads", "num_kv_heads")),
+        *((name, ctypes.c_int32) for name in ("head_dim", "query_block", "num_rows", "num_words")),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class ExactMaskArgs(ctypes.Structure):
+    """`fgattn::ExactMaskArgs`."""
+
+    _fields_ = [
+        ("scores", ScoreArgs),
+        *((name, ctypes.c_void_p) for name in ("log_threshold", "bits", "counts")),
+        ("keep_best", ctypes.c_bool),
+    ]
+
+
+class SelectRule(ctypes.Structure):
+    """`fgattn::SelectRule`."""
+
+    _fields_ = [
+        ("rule", ctypes.c_int32),
+        ("value", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("top_k", "min_keys", "max_keys")),
+        ("head_floor", ctypes.c_float),
+    ]
+
+
+class ExactMassArgs(ctypes.Structure):
+    """`fgattn::ExactMassArgs`."""
+
+    _fields_ = [
+        ("scores", ScoreArgs),
+        ("rule", SelectRule),
+        *((name, ctypes.c_void_p) for name in ("bits", "counts", "workspace")),
+        ("workspace_heads", ctypes.c_int32),
+    ]
+
+
+class MeanMaskArgs(ctypes.Structure):
+    """`fgattn::MeanMaskArgs`."""
+
+    _fields_ = [
+        ("scores", ScoreArgs),
+        ("num_means", ctypes.c_int32),
+        ("ranks", ctypes.c_bool),
+        ("log_threshold", ctypes.c_void_p),
+        ("keep_best", ctypes.c_bool),
+        ("rule", SelectRule),
+        *((name, ctypes.c_void_p) for name in ("bits", "counts", "workspace")),
+    ]
+
+
+class OnePassArgs(ctypes.Structure):
+    """`fgattn::OnePassArgs` of masks/one_pass_launch.h."""
+
+    _fields_ = [
+        ("attention", AttentionArgs),
+        *((name, ctypes.c_void_p) for name in ("last_lse", "log_threshold", "bits", "counts")),
+        ("keep_best", ctypes.c_bool),
+    ]
+
+
 class _WorkOrderArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("bits", "work_order")),
@@ -132,6 +224,22 @@ class _Region(ctypes.Structure):
 
 class EmulationError(Exception):
     """A rule was broken, or nothing could go on."""
+
+
+class OnePass(NamedTuple):
+    """Results of dense attention that finds a mask.
+
+    Args:
+        bits: uint32 `[B, N, R, W]`.
+        counts: int32 `[B, N, R]`.
+        output: `[B, T, N, H]` in the inputs' dtype.
+        lse: Float32 `[B, N, T]`.
+    """
+
+    bits: np.ndarray
+    counts: np.ndarray
+    output: np.ndarray
+    lse: np.ndarray
 
 
 class Forward(NamedTuple):
@@ -174,6 +282,38 @@ def _extent(array: np.ndarray) -> int:
     return array.itemsize + sum((n - 1) * step for n, step in zip(array.shape, array.strides, strict=True))
 
 
+class _Scores:
+    """What calls of kernels that score whole rows have in common; it keeps the arrays alive."""
+
+    def __init__(self, query, key, lse, query_order, scale: float, query_block: int) -> None:
+        batch, num_queries, num_heads, head_dim = query.shape
+        num_keys, num_rows = key.shape[1], -(-num_queries // query_block)
+        num_words = 4 * -(-num_keys // 128)
+        self._kept = lse, factor = np.ascontiguousarray(lse), np.array([scale], np.float32)
+        self._shape = (batch, num_heads, num_rows, num_words)
+        self.args = ScoreArgs(
+            *(array.ctypes.data for array in (query, key, lse, factor)),
+            None if query_order is None else query_order.ctypes.data,
+            *(_TokenStrides(*(step // array.itemsize for step in array.strides[:3])) for array in (query, key)),
+            _MaskStrides(*([0, 0] if query_order is None else _strides(query_order, (0, 1)))),
+            *(batch, num_queries, num_keys, num_heads, key.shape[2], head_dim, query_block, num_rows, num_words),
+            DTYPES[str(query.dtype)],
+        )  # fmt: skip
+        self.regions = {"query": (query, None), "key": (key, None), "lse": (lse, None), "scale": (factor, None)}
+        if query_order is not None:
+            self.regions["query_order"] = (query_order, None)
+
+    def results(self) -> tuple[np.ndarray, np.ndarray, Callable[[], None]]:
+        bits, whole_bits = _guarded(self._shape, np.uint32)
+        counts, whole_counts = _guarded(self._shape[:3], np.int32)
+
+        def check() -> None:
+            _check_guards("bits", whole_bits)
+            _check_guards("counts", whole_counts)
+
+        return bits, counts, check
+
+
 class Emulator:
     """The compiled kernels.
 
@@ -185,9 +325,18 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         self._library.emulation_attention.restype = ctypes.c_char_p
         self._library.emulation_work_order.restype = ctypes.c_char_p
-        theirs, ours = self._library.emulation_attention_args_bytes(), ctypes.sizeof(AttentionArgs)
-        if theirs != ours:
-            raise RuntimeError(f"`AttentionArgs` here does not follow launch.h: {ours} bytes, expected {theirs}")
+        self._library.emulation_exact_mask.restype = ctypes.c_char_p
+        self._library.emulation_exact_mass.restype = ctypes.c_char_p
+        self._library.emulation_mean_mask.restype = ctypes.c_char_p
+        self._library.emulation_one_pass.restype = ctypes.c_char_p
+        kinds = {"attention": AttentionArgs, "exact_mask": ExactMaskArgs, "exact_mass": ExactMassArgs}
+        kinds |= {"mean_mask": MeanMaskArgs, "one_pass": OnePassArgs}
+        for name, kind in kinds.items():
+            theirs, ours = getattr(self._library, f"emulation_{name}_args_bytes")(), ctypes.sizeof(kind)
+            if theirs != ours:
+                raise RuntimeError(
+                    f"`{kind.__name__}` here does not follow the header: {ours} bytes, expected {theirs}"
+                )
 
     def _call(self, function: Any, args: ctypes.Structure, regions: Mapping[str, Any], seed: int, *rest: Any) -> None:
         table = (_Region * len(regions))()
@@ -208,6 +357,193 @@ class Emulator:
         self._call(self._library.emulation_work_order, args, {"bits": (bits, None)}, seed)
         _check_guards("work_order", whole)
         return order
+
+    def exact_mask(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        lse: np.ndarray,
+        log_threshold: np.ndarray,
+        query_order: np.ndarray | None,
+        *,
+        scale: float,
+        query_block: int,
+        keep_best: bool = False,
+        num_sms: int = 1,
+        seed: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bits uint32 `[B, N, R, W]` and counts int32 `[B, N, R]`, as the kernels of masks/exact_mask.cu make them.
+
+        Args:
+            query: `[B, T, N, H]`, bfloat16 or float16, any strides with H contiguous.
+            key: `[B, S, K, H]`.
+            lse: float32 `[B, N, T]`.
+            log_threshold: float32 `[N]`.
+            query_order: int32 `[B|1, N|1, T]` or None.
+            scale: Factor of the scores.
+            query_block: 64 or 128.
+            keep_best: Rows that keep nothing keep their best key.
+            num_sms: Of the emulated device.
+            seed: Order in which everything happens.
+
+        Raises:
+            EmulationError: If a kernel broke a rule, cannot go on, or wrote outside of its results.
+        """
+        scores = _Scores(query, key, lse, query_order, scale, query_block)
+        bits, counts, check = scores.results()
+        args = ExactMaskArgs(scores.args, log_threshold.ctypes.data, bits.ctypes.data, counts.ctypes.data, keep_best)
+        regions = scores.regions | {"log_threshold": (log_threshold, None), "counts": (counts, None)}
+        self._call(self._library.emulation_exact_mask, args, regions, seed, num_sms)
+        check()
+        return bits, counts
+
+    def exact_mass(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        lse: np.ndarray,
+        query_order: np.ndarray | None,
+        rule: SelectRule,
+        *,
+        scale: float,
+        query_block: int,
+        workspace_heads: int,
+        num_sms: int = 1,
+        seed: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bits and counts as of `exact_mask`, and the masses `[workspace_heads, R, W * 32]` of the last heads.
+
+        Raises:
+            EmulationError: If a kernel broke a rule, cannot go on, or wrote outside of its results.
+        """
+        scores = _Scores(query, key, lse, query_order, scale, query_block)
+        bits, counts, check = scores.results()
+        shape = (workspace_heads, bits.shape[2], bits.shape[3] * 32)
+        workspace, whole = _guarded((int(np.prod(shape)) + 4 * workspace_heads,), np.float32)
+        data = [array.ctypes.data for array in (bits, counts, workspace)]
+        args = ExactMassArgs(scores.args, rule, *data, workspace_heads)
+        regions = scores.regions | {"workspace": (workspace, None), "counts": (counts, None)}
+        self._call(self._library.emulation_exact_mass, args, regions, seed, num_sms)
+        check()
+        _check_guards("workspace", whole)
+        return bits, counts, workspace[: int(np.prod(shape))].reshape(shape)
+
+    def mean_mask(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        keep: np.ndarray | SelectRule,
+        query_order: np.ndarray | None,
+        *,
+        scale: float,
+        query_block: int,
+        num_means: int = 1,
+        keep_best: bool = False,
+        num_sms: int = 1,
+        seed: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bits and counts as of `exact_mask`, as the kernels of masks/mean_mask.cu make them.
+
+        Args:
+            query: See `exact_mask`.
+            key: See `exact_mask`.
+            keep: Logarithms of thresholds, float32 `[N]`, or how many keys a row keeps.
+            query_order: See `exact_mask`.
+            scale: See `exact_mask`.
+            query_block: See `exact_mask`.
+            num_means: 1, 2, 4 or 8.
+            keep_best: See `exact_mask`.
+            num_sms: See `exact_mask`.
+            seed: See `exact_mask`.
+
+        Raises:
+            EmulationError: If a kernel broke a rule, cannot go on, or wrote outside of its results.
+        """
+        batch, num_queries, num_heads, head_dim = query.shape
+        scores = _Scores(
+            query, key, np.zeros((batch, num_heads, num_queries), np.float32), query_order, scale, query_block
+        )
+        bits, counts, check = scores.results()
+        num_rows, num_words = bits.shape[2:]
+        lines, ranks = -(-num_rows * num_means // 256) * 256, isinstance(keep, SelectRule)
+        numbers = batch * num_heads * lines * (head_dim // 2 + 2 * 16) + ranks * (num_rows * num_words * 16 + 4)
+        workspace, whole = _guarded((numbers,), np.int32)
+        limits = np.zeros(num_heads, np.float32) if isinstance(keep, SelectRule) else keep
+        rule = keep if isinstance(keep, SelectRule) else SelectRule()
+        data = [array.ctypes.data for array in (bits, counts, workspace)]
+        args = MeanMaskArgs(scores.args, num_means, ranks, limits.ctypes.data, keep_best, rule, *data)
+        regions = scores.regions | {"workspace": (workspace, None), "counts": (counts, None)}
+        regions["log_threshold"] = (limits, None)
+        self._call(self._library.emulation_mean_mask, args, regions, seed, num_sms)
+        check()
+        _check_guards("workspace", whole)
+        return bits, counts
+
+    def one_pass(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        value: np.ndarray,
+        last_lse: np.ndarray,
+        log_threshold: np.ndarray,
+        query_order: np.ndarray | None,
+        *,
+        scale: float,
+        query_block: int,
+        keep_best: bool = False,
+        num_sms: int = 1,
+        seed: int = 0,
+    ) -> OnePass:
+        """Dense attention and the mask that it finds, as the kernels of masks/one_pass.cu make them.
+
+        Args:
+            query: `[B, T, N, H]`, bfloat16 or float16, any strides with H contiguous.
+            key: `[B, S, K, H]`.
+            value: `[B, S, K, H]`.
+            last_lse: float32 `[B, N, T]`.
+            log_threshold: float32 `[N]`.
+            query_order: int32 `[B|1, N|1, T]` or None.
+            scale: Factor of the scores, not negative.
+            query_block: 64 or 128.
+            keep_best: Rows that keep nothing keep their best key.
+            num_sms: Of the emulated device.
+            seed: Order in which everything happens.
+
+        Raises:
+            EmulationError: If a kernel broke a rule, cannot go on, or wrote outside of its results.
+        """
+        batch, num_queries, num_heads, head_dim = query.shape
+        num_rows, num_words = -(-num_queries // query_block), 4 * -(-key.shape[1] // 128)
+        shapes = {
+            "bits": ((batch, num_heads, num_rows, num_words), np.uint32),
+            "counts": ((batch, num_heads, num_rows), np.int32),
+            "output": (query.shape, query.dtype),
+            "lse": ((batch, num_heads, num_queries), np.float32),
+            "workspace": ((4,), np.int32),
+        }
+        results = {name: _guarded(*shape) for name, shape in shapes.items()}
+        data = {name: array.ctypes.data for name, (array, _) in results.items()}
+        attention = AttentionArgs(
+            *(array.ctypes.data for array in (query, key, value)), None, None,
+            None if query_order is None else query_order.ctypes.data,
+            *(data[name] for name in ("output", "lse", "workspace")),
+            *(_TokenStrides(*(step // array.itemsize for step in array.strides[:3]))
+              for array in (query, key, value, results["output"][0])),
+            _MaskStrides(0, 0), _MaskStrides(0, 0),
+            _MaskStrides(*([0, 0] if query_order is None else _strides(query_order, (0, 1)))),
+            batch, num_queries, key.shape[1], num_heads, key.shape[2], head_dim,
+            query_block, num_rows, num_words, scale, DTYPES[str(query.dtype)],
+        )  # fmt: skip
+        pointers = last_lse.ctypes.data, log_threshold.ctypes.data, data["bits"], data["counts"]
+        args = OnePassArgs(attention, *pointers, keep_best)
+        given = {"query": query, "key": key, "value": value, "last_lse": last_lse, "log_threshold": log_threshold}
+        given |= {"bits": results["bits"][0], "workspace": results["workspace"][0]}
+        given |= {} if query_order is None else {"query_order": query_order}
+        regions = {name: (array, None) for name, array in given.items()}
+        self._call(self._library.emulation_one_pass, args, regions, seed, num_sms)
+        for name, (_, whole) in results.items():
+            _check_guards(name, whole)
+        return OnePass(*(results[name][0] for name in ("bits", "counts", "output", "lse")))
 
     def forward(
         self,

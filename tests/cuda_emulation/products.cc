@@ -26,6 +26,15 @@ struct Operand {
 };
 
 template <class Visit>
+void visit_lines(const Product& p, int warp, Visit visit) {  // (line, first column, address) of an A operand in memory
+  if (p.a == 0) return;
+  const Operand a(p.a, p.site);
+  for (int line = 0; line < 16; ++line) {
+    for (int k = 0; k < 2; ++k) visit(line, 8 * k, a.chunk(warp % 4 * 16 + line, 0, k));
+  }
+}
+
+template <class Visit>
 void visit_chunks(const Product& p, Visit visit) {  // (line, first column, address) of the B operand
   const Operand b(p.b, p.site);
   if (p.transposed) {
@@ -55,7 +64,7 @@ float as_float(uint32_t bits16, bool half, const float* table) {
 // Where thread and register of an accumulator stand: row 0..15, column.
 int place(int lane, int i, int columns) { return (lane / 4 + i / 2 % 2 * 8) * columns + i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
-void execute(Cta& c, Product& p) {
+void execute(Cta& c, int warp, Product& p) {
   const float* table = half_table();
   alignas(64) float a[16][16];  // [row][k]
   alignas(64) float b[16][256];  // [k][column]
@@ -66,7 +75,12 @@ void execute(Cta& c, Product& p) {
       (p.transposed ? b[first + i][line] : b[line][first + i]) = as_float(raw[i], p.half, table);
     }
   });
-  for (int lane = 0; lane < 32; ++lane) {
+  visit_lines(p, warp, [&](int line, int first, uint32_t address) {
+    uint16_t raw[8];
+    std::memcpy(raw, at_shared(c, address, 16, 16, p.site), 16);
+    for (int i = 0; i < 8; ++i) a[line][first + i] = as_float(raw[i], p.half, table);
+  });
+  for (int lane = 0; lane < 32 && p.a == 0; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i % 2 * 8, column = i / 2 * 8 + lane % 4 * 2;
       a[row][column] = as_float(p.fragment[lane][i] & 0xFFFF, p.half, table);
@@ -111,20 +125,24 @@ Accumulator& find_accumulator(Warp& w, int lane, float* registers, int columns, 
 }  // namespace
 
 void reads_begin(Cta& c, int warp, const Product& p, Site site) {
-  visit_chunks(p, [&](int, int, uint32_t address) {
+  auto begin = [&](int, int, uint32_t address) {
     check_landed(c, address, "a product", site);
     c.reads[(address - kFirstShared) / kGranule * c.warps.size() + warp] = kUnknown;
-  });
+  };
+  visit_lines(p, warp, begin);
+  visit_chunks(p, begin);
 }
 
 void reads_are_over(Cta& c, int warp, const Product& p, uint32_t clock) {
-  visit_chunks(p, [&](int, int, uint32_t address) {
+  auto end = [&](int, int, uint32_t address) {
     c.reads[(address - kFirstShared) / kGranule * c.warps.size() + warp] = clock;
-  });
+  };
+  visit_lines(p, warp, end);
+  visit_chunks(p, end);
 }
 
-void product(float* sums, int columns, bool half, const uint32_t* a, uint64_t b, bool transposed, bool accumulate,
-             Site site) {
+void product(float* sums, int columns, bool half, const uint32_t* registers, uint64_t a, uint64_t b, bool transposed,
+             bool accumulate, Site site) {
   maybe_yield();
   Cta& c = *cta;
   const int warp = thread / 32, lane = thread % 32;
@@ -138,16 +156,16 @@ void product(float* sums, int columns, bool half, const uint32_t* a, uint64_t b,
     Accumulator& acc = find_accumulator(w, lane, sums, columns, site);
     w.products.emplace_back();
     Product& p = w.products.back();
-    p.b = b, p.accumulate = accumulate, p.transposed = transposed, p.half = half;
+    p.a = a, p.b = b, p.accumulate = accumulate, p.transposed = transposed, p.half = half;
     p.columns = columns, p.sums = &acc, p.site = site;
     reads_begin(c, warp, p, site);
   }
   Product& p = w.products[number - w.first_product];
-  if (p.b != b || p.accumulate != accumulate || p.columns != columns || p.site.line != site.line) {
+  if (p.a != a || p.b != b || p.accumulate != accumulate || p.columns != columns || p.site.line != site.line) {
     fail(site, "lanes of a warp start different products");
   }
-  std::memcpy(p.fragment[lane], a, 16);
-  p.registers[lane] = a;
+  if (registers != nullptr) std::memcpy(p.fragment[lane], registers, 16);
+  p.registers[lane] = registers;
   Accumulator& acc = *p.sums;
   if (acc.loaded >> lane & 1) {
     if (acc.registers[lane] != sums) fail(site, "lanes of a warp use different accumulators");
@@ -192,7 +210,7 @@ void product_wait(int pending, Site site) {
   for (size_t i = w.first_product; i < end; ++i) {
     Product& p = w.products[i - w.first_product];
     if (p.retired >> lane & 1) continue;
-    if (std::memcmp(p.fragment[lane], p.registers[lane], 16) != 0) {
+    if (p.a == 0 && std::memcmp(p.fragment[lane], p.registers[lane], 16) != 0) {
       fail(p.site, "the A operand's registers were written while the product runs");
     }
     if (p.retired == 0) reads_are_over(c, warp, p, c.clock(warp * 32)[warp * 32]);
@@ -226,7 +244,7 @@ void execute_some_product(Cta& c) {
   for (int i = 0; i < skip; ++i) left &= left - 1;
   const int warp = __builtin_ctz(left);
   Warp& w = c.warps[warp];
-  execute(c, w.products[w.executed - w.first_product]);
+  execute(c, warp, w.products[w.executed - w.first_product]);
   ++w.executed;
   update_product_warps(c, warp);
   wake_lanes(c, warp, w.product_waiters);

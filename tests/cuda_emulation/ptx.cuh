@@ -61,7 +61,21 @@ inline uint32_t pack<__half>(float low, float high) {
   return emulation::float_as_half(low) | uint32_t{emulation::float_as_half(high)} << 16;
 }
 
+template <class Element>
+inline float unpack(uint32_t pair, int high);
+template <>
+inline float unpack<__nv_bfloat16>(uint32_t pair, int high) {
+  return emulation::bits_as<float>(high ? pair & 0xFFFF0000u : pair << 16);
+}
+template <>
+inline float unpack<__half>(uint32_t pair, int high) {
+  return emulation::half_as_float(static_cast<uint16_t>(high ? pair >> 16 : pair));
+}
+
 inline uint32_t highest_bit(uint32_t x) { return x == 0 ? 0xFFFFFFFFu : 31 - __builtin_clz(x); }
+
+inline uint32_t low_half(uint32_t x) { return x & 0xFFFFu; }
+inline uint32_t high_half(uint32_t x) { return x >> 16; }
 
 inline const char* opaque(const char* pointer) { return pointer; }
 

@@ -62,7 +62,7 @@ struct Accumulator {
 };
 
 struct Product {
-  uint64_t b;
+  uint64_t a, b;  // operands in memory; 0 for an A in registers
   bool accumulate, transposed, half;
   int columns;
   uint32_t arrived = 0, retired = 0;  // lanes

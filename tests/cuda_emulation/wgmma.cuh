@@ -27,10 +27,13 @@ struct Wgmma {
   static_assert(kColumns % 8 == 0 && kColumns <= 256);
   static constexpr bool kHalf = std::is_same_v<Element, __half>;
   static void times_transposed(float (&d)[kColumns / 2], const uint32_t* a, uint64_t b, bool accumulate, EMULATION_SITE) {
-    emulation::product(d, kColumns, kHalf, a, b, true, accumulate, site);
+    emulation::product(d, kColumns, kHalf, a, 0, b, true, accumulate, site);
+  }
+  static void times_transposed(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate, EMULATION_SITE) {
+    emulation::product(d, kColumns, kHalf, nullptr, a, b, true, accumulate, site);
   }
   static void times(float (&d)[kColumns / 2], const uint32_t* a, uint64_t b, EMULATION_SITE) {
-    emulation::product(d, kColumns, kHalf, a, b, false, true, site);
+    emulation::product(d, kColumns, kHalf, a, 0, b, false, true, site);
   }
 };
 

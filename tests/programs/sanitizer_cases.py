@@ -4,6 +4,7 @@
     compute-sanitizer --tool racecheck python tests/programs/sanitizer_cases.py cuda
     compute-sanitizer --tool initcheck python tests/programs/sanitizer_cases.py pallas
     compute-sanitizer --tool synccheck python tests/programs/sanitizer_cases.py pallas
+    compute-sanitizer --tool memcheck  python tests/programs/sanitizer_cases.py masks
 
 Set XLA_PYTHON_CLIENT_ALLOCATOR=platform, so that every array is an allocation of its own and memcheck sees its borders.
 """
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from attention_bounds import CEILING
 from cuda_cases import edge_counts, rows_with_counts
+from mask_cases import Scored, make, mean_scores, unpack
 
 from fgattn_jax.evaluation.cases import AttentionCase, make_inputs
 from fgattn_jax.evaluation.oracle import attention_oracle
@@ -26,6 +28,7 @@ from fgattn_jax.masks import from_rows
 from fgattn_jax.masks._bits import full_words
 from fgattn_jax.pallas_kernels import attention as pallas_attention
 from fgattn_jax.xla_ffi import attention as cuda_attention
+from fgattn_jax.xla_ffi import masks, one_pass
 
 KERNELS = {"cuda": cuda_attention.forward, "pallas": pallas_attention.forward}
 KEYS = 333  # counts of none, one, all, around tiles; no multiple of 32
@@ -55,7 +58,40 @@ def check(case: AttentionCase, kernel: str, *, stray_bits: bool, with_work: bool
         raise SystemExit(f"wrong results: {case}")
 
 
+def check_masks(scored: Scored) -> None:
+    """All kernels that make masks, against float64."""
+    arrays = [jnp.asarray(x) for x in (scored.query, scored.key, scored.lse)]
+    limits = jnp.full((scored.query.shape[2],), np.log(2.0 / KEYS), jnp.float32)
+    order = None if scored.order is None else jnp.asarray(scored.order)
+    how = {"scale": jnp.float32(scored.scale), "query_block": scored.query_block}
+    peaks, masses, means = scored.of_rows(np.max), scored.of_rows(np.sum), mean_scores(scored, 2)
+    top_k = masks.SelectRule(top_k=40, head_floor=0.5)
+    found = {
+        "exact": (masks.exact_mask(*arrays, limits, order, keep_best=True, **how), peaks, None),
+        "mass": (masks.exact_mass(*arrays, order, masks.SelectRule(top_k=40), **how), masses, 40),
+        "mean": (masks.mean_mask(*arrays[:2], limits, order, num_means=2, keep_best=True, **how), means, None),
+        "ranked mean": (masks.mean_mask(*arrays[:2], top_k, order, num_means=2, **how), means, 40),
+        "one pass": (one_pass.attention_and_mask(
+            arrays[0], arrays[1], arrays[1], arrays[2], limits, order, keep_best=True, **how,
+        )[2:], peaks, None),
+    }  # fmt: skip
+    for name, ((bits, counts), scores, count) in found.items():
+        kept = unpack(np.asarray(bits), scored.key.shape[1])
+        least, most = np.where(kept, scores, np.inf).min(-1), np.where(kept, -np.inf, scores).max(-1)
+        wanted = np.maximum((scores > 2.0 / KEYS).sum(-1), 1) if count is None else min(count, scored.key.shape[1])
+        off = int(np.abs(kept.sum(-1) - wanted).max())
+        print(f"{name}, {scored.query.dtype}, {scored.query.shape}: counts off by {off}", flush=True)
+        if (np.asarray(counts) != kept.sum(-1)).any() or off > 2 or (least < most * 0.99).any():
+            raise SystemExit(f"wrong mask: {name}")
+
+
 def main(kernel: str) -> None:
+    if kernel == "masks":
+        for dtype, head_dim, query_block in itertools.product(("bfloat16", "float16"), (64, 128), (64, 128)):
+            sizes = {"head_dim": head_dim, "query_block": query_block, "dtype": dtype, "scale": head_dim**-0.5}
+            check_masks(make(2 * query_block + 37, KEYS, heads=(4, 2), ordered=query_block == 64, **sizes))
+        check_masks(make(1, 1, head_dim=128, scale=0.1))
+        return
     forms = itertools.product(("bfloat16", "float16"), (64, 128), (64, 128), (False, True))
     for dtype, head_dim, query_block, ordered in forms:
         case = AttentionCase(

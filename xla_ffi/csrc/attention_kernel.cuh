@@ -252,10 +252,15 @@ __device__ __forceinline__ void transpose_in_quads(uint32_t (&x)[4], int lane) {
   }
 }
 
+// Looks at no score. One that does (masks/one_pass_kernel.cuh) sees those of all keys, tiles of the last keys first.
+struct NoFinder {
+  static constexpr bool kFinds = false;
+};
+
 // One warpgroup of 64 queries: scores, softmax, output.
-template <class C>
+template <class C, class Finder>
 __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<C>& barriers,
-                                        const KernelParams& params, int consumer, int thread) {
+                                        const KernelParams& params, Finder& finder, int consumer, int thread) {
   using Element = typename C::Element;
   constexpr int kScores = C::kTileKeys / 2, kOutputs = C::kHeadDim / 2;
   const AttentionArgs& args = params.args;
@@ -388,6 +393,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
     const int tiles_of_row = num_tiles<C>(work.count);
     if (tiles_of_row > 0) {
       const int padding = tiles_of_row * C::kTileKeys - work.count;
+      if constexpr (Finder::kFinds) finder.begin(work, tiles_of_row);
       ptx::barrier_wait(barriers.query_full, query_phase);
       query_phase ^= 1;
       read_queries();
@@ -407,9 +413,11 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
 #pragma unroll
         for (int i = 0; i < kScores; ++i) {
           const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-          if (column < padding) scores[i] = -INFINITY;
+          const bool is_key = Finder::kFinds ? column < C::kTileKeys - padding : column >= padding;
+          if (!is_key) scores[i] = -INFINITY;
         }
       }
+      if constexpr (Finder::kFinds) finder.look(scores);
       softmax.first(scores);
       uint32_t here;
 #pragma unroll 1
@@ -431,14 +439,17 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
         stage.advance();
         weights_by_value(here);
         look_ahead();
+        if constexpr (Finder::kFinds) finder.met();
         wgmma_wait<1>();
         if constexpr (C::kPaired) skip_other_row();
+        if constexpr (Finder::kFinds) finder.look(scores);
         softmax.next(scores);
       }
       if (too_high()) weigh_again(before);
       softmax.add_tile();
       release_tiles(slot_before);
       weights_by_value(here);
+      if constexpr (Finder::kFinds) finder.end();
       find_tokens(work);
       wgmma_wait<0>();
       release_tiles(stage.slot());
@@ -498,7 +509,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   __syncthreads();
   if (warpgroup >= C::kProducers) {
     ptx::take_registers<C::kConsumerRegisters>();
-    consume<C>(shared, barriers, params, warpgroup - C::kProducers, thread);
+    NoFinder finder;
+    consume<C>(shared, barriers, params, finder, warpgroup - C::kProducers, thread);
   } else if (C::kGatherApart && warpgroup == 1) {
     ptx::give_registers<C::kGatherRegisters>();
     gather<C>(shared, barriers, params, thread);

@@ -65,6 +65,19 @@ struct Wgmma<{element}, {n}> {{
         : {outputs}
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
   }}
+  // The same with both operands from shared memory.
+  __device__ __forceinline__ static void times_transposed(float (&d)[{count}], uint64_t a, uint64_t b,
+                                                          bool accumulate) {{
+    asm volatile(
+        "{{\\n"
+        ".reg .pred p;\\n"
+        "setp.ne.b32 p, %{ss_p}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{regs}}}, "
+        "%{count}, %{ss_b}, p, 1, 1, 0, 0;\\n"
+        "}}\\n"
+        : {outputs}
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }}
   // d += A B, A from registers, B from shared memory with lines along the columns of d.
   __device__ __forceinline__ static void times(float (&d)[{count}], const uint32_t* a, uint64_t b) {{
     asm volatile(
@@ -85,6 +98,7 @@ def wrapper(element: str, ptx: str, n: int) -> str:
         regs=", ".join(f"%{i}" for i in range(count)),
         outputs=", ".join(f'"+f"(d[{i}])' for i in range(count)),
 a=", ".join(f"%{count + i}" for i in range(4)), b=count + 4, p=count + 5,
+        ss_b=count + 1, ss_p=count + 2,
     )  # fmt: skip
 
 

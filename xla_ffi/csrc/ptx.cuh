@@ -133,6 +133,30 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return pair;
 }
 
+// One of the two numbers of such a pair.
+template <class Element>
+__device__ __forceinline__ float unpack(uint32_t pair, int high);
+template <>
+__device__ __forceinline__ float unpack<__nv_bfloat16>(uint32_t pair, int high) {
+  return __uint_as_float(high ? pair & 0xFFFF0000u : pair << 16);
+}
+template <>
+__device__ __forceinline__ float unpack<__half>(uint32_t pair, int high) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(high ? pair >> 16 : pair)));
+}
+
+// Halves of a word, taken anew in every loop: the compiler would keep them all in registers beside the words.
+__device__ __forceinline__ uint32_t low_half(uint32_t x) {
+  uint32_t half;
+  asm volatile("and.b32 %0, %1, 0xFFFF;" : "=r"(half) : "r"(x));
+  return half;
+}
+__device__ __forceinline__ uint32_t high_half(uint32_t x) {
+  uint32_t half;
+  asm volatile("shr.u32 %0, %1, 16;" : "=r"(half) : "r"(x));
+  return half;
+}
+
 // Hides where a pointer came from, so that sums with it are not taken apart into more instructions.
 __device__ __forceinline__ const char* opaque(const char* pointer) {
   asm("" : "+l"(pointer));

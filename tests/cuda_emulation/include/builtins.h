@@ -25,6 +25,9 @@ struct alignas(8) int2 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) int4 {
   int x, y, z, w;
 };
@@ -60,6 +63,14 @@ inline int atomicAdd(int* pointer, int value, EMULATION_SITE) {
   emulation::maybe_yield();
   const int old = *pointer;
   *pointer = old + value;
+  return old;
+}
+
+inline unsigned atomicOr(unsigned* pointer, unsigned value, EMULATION_SITE) {
+  emulation::check_global(pointer, 4, 4, site);
+  emulation::maybe_yield();
+  const unsigned old = *pointer;
+  *pointer = old | value;
   return old;
 }
 

@@ -91,8 +91,8 @@ void fence_async_proxy();
 
 // Matrix products, 64 x columns x 16. `a`: registers of the A operand. `transposed`: the lines of B lie along the axis
 // that is summed over.
-void product(float* sums, int columns, bool half, const uint32_t* a, uint64_t b, bool transposed, bool accumulate,
-             Site site);
+void product(float* sums, int columns, bool half, const uint32_t* registers, uint64_t a, uint64_t b, bool transposed,
+             bool accumulate, Site site);
 void product_fence();
 void product_commit(Site site);
 void product_wait(int pending, Site site);

@@ -1,0 +1,459 @@
+// Masks of mean queries (FG-Attn, arXiv 2509.16518, section 5.2): the softmax of every mean over all keys, in two passes: one for its
+// LSE, one for what becomes of the probabilities.
+//
+// A line is the mean of a row's queries, or of a part of them, in the queries' dtype. A block takes 256 lines of a head,
+// half for each consumer, which hold them in registers, and a part of the keys; the LSE of a line comes from the parts. A
+// consumer's scores come in two groups of 64 lines, as in scores.cuh, with its barriers: while the tensor cores make one,
+// it looks at the other. (Products of 64 keys would be half as fast: what is held in registers is read for each anew.) The
+// means of a row with more than one are neighbours, and so are the lanes that have them.
+#pragma once
+#include <cstdint>
+
+#include "masks/scores.cuh"
+#include "masks/select_kernel.cuh"
+
+namespace fgattn {
+
+template <class Element_, int kHeadDim_>
+struct MeanConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kTileKeys = 128, kLines = kMeanLines, kConsumers = 2;
+  static constexpr int kGroups = kLines / kConsumers / 64;  // of a consumer
+  static constexpr int kScores = kTileKeys / 2;             // of a thread, in a group
+  static constexpr int kThreads = 384;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kMeanBytes = kLines * kHeadDim * 2;
+  static constexpr int kTileBytes = kTileKeys * kHeadDim * 2;
+  static constexpr int kStages = kHeadDim == 128 ? 4 : 8;
+};
+
+template <class C>
+struct alignas(1024) MeanMemory {
+  char means[C::kMeanBytes];
+  char tiles[C::kStages][C::kTileBytes];
+  uint64_t means_full;
+  uint64_t keys_full[C::kStages], keys_empty[C::kStages];
+};
+
+// What a block does.
+struct MeanItem {
+  int head;  // of batch * heads
+  int first_line, part, first_tile, last_tile;
+};
+
+struct MeanWork {
+  MeanMaskArgs args;
+  int lines;                // of a head, up to a multiple of kMeanLines
+  int first_head;           // of the pass
+  int parts, tiles_of_part; // of the keys, in this pass
+  int summed_parts;         // parts of the pass that made the sums
+
+  template <class C>
+  __device__ __forceinline__ MeanItem at(int block) const {
+    const int tiles = lines / C::kLines, all = (args.scores.num_keys + C::kTileKeys - 1) / C::kTileKeys;
+    const int part = block % parts, tile = block / parts % tiles, head = first_head + block / parts / tiles;
+    const int first = min(part * tiles_of_part, all);
+    return {head, tile * C::kLines, part, first, min(first + tiles_of_part, all)};
+  }
+  __device__ __forceinline__ int64_t heads() const { return int64_t{args.scores.batch} * args.scores.num_heads; }
+  __device__ __forceinline__ char* means(int head) const {
+    return reinterpret_cast<char*>(args.workspace) + 2 * int64_t{head} * lines * args.scores.head_dim;
+  }
+  // Maximum and sum of a line's part of the keys, in powers of two.
+  __device__ __forceinline__ float2* partial(int head, int line, int part) const {
+    float2* first = reinterpret_cast<float2*>(args.workspace + heads() * lines * args.scores.head_dim / 2);
+    return first + (int64_t{head} * lines + line) * kMostKeyParts + part;
+  }
+  __host__ __device__ __forceinline__ int32_t* probabilities() const {
+    const int64_t heads = int64_t{args.scores.batch} * args.scores.num_heads;
+    return args.workspace + heads * lines * (args.scores.head_dim / 2 + 2 * kMostKeyParts);
+  }
+  // The share of a line in its row: parts without a query count as nothing.
+  __device__ __forceinline__ float share(int line) const {
+    const int of_part = args.scores.query_block / args.num_means, row = line / args.num_means;
+    const int queries = min(args.scores.query_block, args.scores.num_queries - row * args.scores.query_block);
+    const int present = (queries + of_part - 1) / of_part;
+    return line % args.num_means < present ? 1.0f / present : 0.0f;
+  }
+  // What scores are measured from while they are added up: their maximum, as long as that is a number.
+  __device__ __forceinline__ static float finite_or_zero(float x) { return fabsf(x) < INFINITY ? x : 0.0f; }
+  // LSE of a line over all keys, in powers of two.
+  __device__ __forceinline__ float lse(int head, int line) const {
+    float most = -INFINITY, sum = 0;
+    for (int part = 0; part < summed_parts; ++part) most = fmaxf(most, partial(head, line, part)->x);
+    for (int part = 0; part < summed_parts; ++part) {
+      const float2 some = *partial(head, line, part);
+      sum += some.y * ptx::exp2(some.x - finite_or_zero(most));
+    }
+    return finite_or_zero(most) + ptx::log2(sum);
+  }
+};
+
+// One block a line: its mean; zeros behind the last.
+template <class Element, int kHeadDim>
+__global__ void __launch_bounds__(128) mean_queries_kernel(const __grid_constant__ MeanWork work) {
+  constexpr int kChunks = kHeadDim / 8, kAtOnce = 128 / kChunks;  // queries; 16 bytes a thread
+  extern __shared__ __align__(16) float sums[];                   // [kAtOnce, H]
+  const ScoreArgs& args = work.args.scores;
+  const int lines = work.lines, head = blockIdx.x / lines, line = blockIdx.x % lines;
+  const int batch = head / args.num_heads, of_batch = head % args.num_heads;
+  const int mine = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const Element* queries = static_cast<const Element*>(args.query) + batch * args.query_strides.batch +
+                           of_batch * args.query_strides.head;
+  const int32_t* order = args.query_order == nullptr ? nullptr
+                                                     : args.query_order + batch * args.query_order_strides.batch +
+                                                           of_batch * args.query_order_strides.head;
+  const int of_line = args.query_block / work.args.num_means;
+  const int first = min(line * of_line, args.num_queries), last = min(first + of_line, args.num_queries);
+  float sum[8] = {};
+  for (int position = first + mine; position < last; position += kAtOnce) {
+    const int token = min(max(order == nullptr ? position : __ldg(order + position), 0), args.num_queries - 1);
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(queries + token * args.query_strides.token) + chunk);
+    const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] += ptx::unpack<Element>(pairs[i / 2], i % 2);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sums[mine * kHeadDim + 8 * chunk + i] = sum[i];
+  __syncthreads();
+  uint32_t* means = reinterpret_cast<uint32_t*>(work.means(head) + 2 * int64_t{line} * kHeadDim);
+  for (int pair = threadIdx.x; pair < kHeadDim / 2; pair += 128) {
+    float mean[2] = {0, 0};
+    for (int i = 0; i < kAtOnce; ++i) {
+      mean[0] += sums[i * kHeadDim + 2 * pair], mean[1] += sums[i * kHeadDim + 2 * pair + 1];
+    }
+    const float share = last > first ? 1.0f / (last - first) : 0.0f;
+    means[pair] = ptx::pack<Element>(mean[0] * share, mean[1] * share);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void produce_means(MeanMemory<C>& shared, const MeanWork& work, const MeanItem& item,
+                                              int thread) {
+  const ScoreArgs& args = work.args.scores;
+  const int line = thread / 8, chunk = thread % 8;
+  const uint32_t place = line * kPanelLineBytes + ((chunk ^ (line % 8)) * 16);
+  // As keys are copied: means are lines of H numbers, one behind the other.
+  const char* lines = work.means(item.head) + 2 * int64_t{item.first_line} * C::kHeadDim + chunk * 16;
+  start_keys<C::kHeadDim, C::kLines>(ptx::shared_address(shared.means) + place, lines, C::kHeadDim, 0, C::kLines, line);
+  ptx::copy_async_arrive(ptx::shared_address(&shared.means_full));
+  const int batch = item.head / args.num_heads, kv = item.head % args.num_heads / (args.num_heads / args.num_kv_heads);
+  const char* keys = static_cast<const char*>(args.key) + chunk * 16 +
+                     2 * (batch * args.key_strides.batch + kv * args.key_strides.head);
+  const uint32_t tiles = ptx::shared_address(shared.tiles) + place;
+  const uint32_t full = ptx::shared_address(shared.keys_full), empty = ptx::shared_address(shared.keys_empty);
+  Stage<C::kStages> stage;
+#pragma unroll 1
+  for (int tile = item.first_tile; tile < item.last_tile; ++tile) {
+    ptx::barrier_wait(empty + 8 * stage.slot(), stage.phase() ^ 1);
+    start_keys<C::kHeadDim, C::kTileKeys>(tiles + stage.slot() * C::kTileBytes, keys, args.key_strides.token,
+                                          tile * C::kTileKeys, args.num_keys, line);
+    ptx::copy_async_arrive(full + 8 * stage.slot());
+    stage.advance();
+  }
+}
+
+// look(group, first_key, scores) for every tile and group: scores[4 c + 2 line + b] is that of key
+// first_key + 8 c + 2 (lane % 4) + b with line lane / 4 + 8 line of the warp in its group of 64.
+template <class C, class Look>
+__device__ __forceinline__ void score_means(MeanMemory<C>& shared, const MeanItem& item, int consumer, int thread,
+                                            Look look) {
+  constexpr int kSums = C::kHeadDim / 16;
+  static_assert(C::kGroups == 2);
+  const int warp = thread / kWarp, lane = thread % kWarp;
+  uint32_t means[C::kGroups][kSums][4];
+  ptx::barrier_wait(ptx::shared_address(&shared.means_full), 0);
+#pragma unroll
+  for (int group = 0; group < C::kGroups; ++group) {
+    const int line = (consumer * C::kGroups + group) * 64 + 16 * warp + lane % 16;
+    const uint32_t at = ptx::shared_address(shared.means) + line * kPanelLineBytes;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      const int chunk = k % 4 * 2 + lane / 16;
+      ptx::load_matrices(means[group][k], at + k / 4 * C::kLines * kPanelLineBytes + ((chunk ^ (line % 8)) * 16));
+    }
+  }
+  __syncwarp();
+  if (item.first_tile >= item.last_tile) return;
+  const uint32_t full = ptx::shared_address(shared.keys_full), empty = ptx::shared_address(shared.keys_empty);
+  const uint32_t tiles = ptx::shared_address(shared.tiles);
+  Stage<C::kStages> stage;
+  auto wait_keys = [&] {
+    ptx::barrier_wait(full + 8 * stage.slot(), stage.phase());
+    ptx::fence_async_proxy();
+    return tiles + stage.slot() * C::kTileBytes;
+  };
+  float scores[2][C::kScores];
+  auto start = [&](int group, uint32_t tile) {
+    const Descriptor keys(tile, 16);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      Wgmma<typename C::Element, C::kTileKeys>::times_transposed(
+          scores[group], means[group][k], keys.at(k / 4 * C::kTileKeys * kPanelLineBytes + k % 4 * 32), k > 0);
+    }
+    wgmma_commit();
+  };
+  uint32_t here = wait_keys();
+  start(0, here);
+  start(1, here);
+  wgmma_wait<1>();
+  look(0, item.first_tile * C::kTileKeys, scores[0]);
+#pragma unroll 1
+  for (int tile = item.first_tile + 1; tile < item.last_tile; ++tile) {
+    const int slot_before = stage.slot();
+    stage.advance();
+    here = wait_keys();
+    wgmma_wait<0>();
+    arrive_warp(empty + 8 * slot_before, lane);
+    start(0, here);
+    look(1, (tile - 1) * C::kTileKeys, scores[1]);
+    start(1, here);
+    wgmma_wait<1>();
+    look(0, tile * C::kTileKeys, scores[0]);
+  }
+  wgmma_wait<0>();
+  look(1, (item.last_tile - 1) * C::kTileKeys, scores[1]);
+}
+
+// The whole of a pass: look(item, line, scorer), with `line` the thread's first one in its first group, calls scorer(what to do with scores).
+template <class C, class Look>
+__device__ __forceinline__ void pass_over_keys(const MeanWork& work, Look look) {
+  extern __shared__ __align__(1024) char raw[];
+  MeanMemory<C>& shared = *reinterpret_cast<MeanMemory<C>*>(raw);
+  if (threadIdx.x == 0) {
+    ptx::barrier_init(ptx::shared_address(&shared.means_full), 128);
+    for (int i = 0; i < C::kStages; ++i) {
+      ptx::barrier_init(ptx::shared_address(shared.keys_full) + 8 * i, 128);
+      ptx::barrier_init(ptx::shared_address(shared.keys_empty) + 8 * i, 4 * C::kConsumers * kArrivalsPerWarp);
+    }
+    ptx::barrier_init_fence();
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0), thread = threadIdx.x % 128;
+  const MeanItem item = work.template at<C>(blockIdx.x);
+  if (warpgroup == 0) {
+    ptx::give_registers<C::kProducerRegisters>();
+    produce_means<C>(shared, work, item, thread);
+  } else {
+    ptx::take_registers<C::kConsumerRegisters>();
+    const int line = item.first_line + (warpgroup - 1) * C::kGroups * 64 + thread / kWarp * 16 + thread % kWarp / 4;
+    look(item, line, [&](auto at) { score_means<C>(shared, item, warpgroup - 1, thread, at); });
+  }
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// First pass: maximum and sum of the line's scores in a part of the keys.
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1) mean_sums_kernel(const __grid_constant__ MeanWork work) {
+  pass_over_keys<C>(work, [&](const MeanItem& item, int first_line, auto score) {
+    const int lane = threadIdx.x % kWarp, num_keys = work.args.scores.num_keys;
+    const float factor = kLog2E * __ldg(work.args.scores.scale);
+    float most[C::kGroups][2], sum[C::kGroups][2];
+#pragma unroll
+    for (int group = 0; group < C::kGroups; ++group) {
+      most[group][0] = most[group][1] = -INFINITY, sum[group][0] = sum[group][1] = 0;
+    }
+    score([&](int group, int first_key, float (&scores)[C::kScores]) {
+      const int left = num_keys - first_key;
+      if (left < C::kTileKeys) {
+#pragma unroll
+        for (int i = 0; i < C::kScores; ++i) {
+          const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+          scores[i] = column < left ? scores[i] * factor : -INFINITY;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < C::kScores; ++i) scores[i] *= factor;
+      }
+#pragma unroll
+      for (int line = 0; line < 2; ++line) {
+        float here = most[group][line];
+#pragma unroll
+        for (int i = 2 * line; i < C::kScores; i += 4) here = fmaxf(here, fmaxf(scores[i], scores[i + 1]));
+        // A thread whose columns all lie behind the last key has seen none yet.
+        const float shift = MeanWork::finite_or_zero(here);
+        float total = sum[group][line] * ptx::exp2(most[group][line] - shift);
+#pragma unroll
+        for (int i = 2 * line; i < C::kScores; i += 4) {
+          total += ptx::exp2(scores[i] - shift) + ptx::exp2(scores[i + 1] - shift);
+        }
+        most[group][line] = here, sum[group][line] = total;
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < 2 * C::kGroups; ++i) {
+      float &largest = most[i / 2][i % 2], &total = sum[i / 2][i % 2];
+      for (int distance = 1; distance < 4; distance *= 2) {
+        const float other = __shfl_xor_sync(kAllLanes, largest, distance);
+        const float theirs = __shfl_xor_sync(kAllLanes, total, distance), here = fmaxf(largest, other);
+        const float shift = MeanWork::finite_or_zero(here);
+        total = total * ptx::exp2(largest - shift) + theirs * ptx::exp2(other - shift);
+        largest = here;
+      }
+      if (lane % 4 == 0) *work.partial(item.head, first_line + 64 * (i / 2) + 8 * (i % 2), item.part) = {largest, total};
+    }
+  });
+}
+
+// Probabilities of a thread's scores, averaged over the means of their row: every lane of a row has them.
+template <int kGroups>
+struct RowProbabilities {
+  const MeanWork& work;
+  int first_line;
+  float factor, lse[kGroups][2];
+
+  __device__ __forceinline__ RowProbabilities(const MeanWork& work, int head, int first_line)
+      : work(work), first_line(first_line), factor(kLog2E * __ldg(work.args.scores.scale)) {
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) {
+      lse[i / 2][i % 2] = work.lse(head, first_line + 64 * (i / 2) + 8 * (i % 2));
+    }
+  }
+  // Of kScores scores from `first` on, a multiple of 4.
+  template <int kScores, int kAll>
+  __device__ __forceinline__ void of(int group, float (&scores)[kAll], int first) const {
+#pragma unroll
+    for (int i = first; i < first + kScores; ++i) {
+      scores[i] = ptx::exp2(fmaf(scores[i], factor, -lse[group][i / 2 % 2]));
+    }
+    const int num_means = work.args.num_means;
+    if (num_means == 1) return;
+    const float share[2] = {work.share(first_line + 64 * group), work.share(first_line + 64 * group + 8)};
+#pragma unroll
+    for (int i = first; i < first + kScores; ++i) {
+      const float part = share[i / 2 % 2];
+      scores[i] = part == 0 ? 0.0f : scores[i] * part;
+    }
+#pragma unroll 1
+    for (int distance = 4; distance < 4 * num_means; distance *= 2) {
+#pragma unroll
+      for (int i = first; i < first + kScores; ++i) scores[i] += __shfl_xor_sync(kAllLanes, scores[i], distance);
+    }
+  }
+};
+
+// Bits 2 c + b of a thread's columns to the places 8 c + 2 q + b of a word of keys, of four neighbouring c.
+__device__ __forceinline__ uint32_t spread(uint32_t byte, int quad) {
+  const uint32_t apart = (byte & 3) | (byte & 12) << 6 | (byte & 48) << 12 | (byte & 192) << 18;
+  return apart << (2 * quad);
+}
+
+// Second pass: bits of the keys whose probability is above the threshold, and how many these are.
+template <class C, bool kOneMean>
+__global__ void __launch_bounds__(C::kThreads, 1) mean_bits_kernel(const __grid_constant__ MeanWork work) {
+  pass_over_keys<C>(work, [&](const MeanItem& item, int first_line, auto score) {
+    const ScoreArgs& args = work.args.scores;
+    const int lane = threadIdx.x % kWarp, quad = lane % 4;
+    const float log_limit = kLog2E * __ldg(work.args.log_threshold + item.head % args.num_heads);
+    const float limit = ptx::exp2(log_limit);
+    const RowProbabilities<C::kGroups> probabilities(work, item.head, first_line);
+    bool writes[C::kGroups][2];
+    int row[C::kGroups][2], count[C::kGroups][2];
+#pragma unroll
+    for (int i = 0; i < 2 * C::kGroups; ++i) {
+      const int number = first_line + 64 * (i / 2) + 8 * (i % 2), of_head = number / work.args.num_means;
+      row[i / 2][i % 2] = item.head * args.num_rows + of_head, count[i / 2][i % 2] = 0;
+      writes[i / 2][i % 2] = number % work.args.num_means == 0 && of_head < args.num_rows;
+    }
+    score([&](int group, int first_key, float (&scores)[C::kScores]) {
+      if constexpr (!kOneMean) {
+#pragma unroll
+        for (int first = 0; first < C::kScores; first += 16) probabilities.template of<16>(group, scores, first);
+      }
+      const int word = first_key / 32 + quad, left = args.num_keys - 32 * word;
+      const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0u;
+#pragma unroll
+      for (int line = 0; line < 2; ++line) {
+        const float minus_lse = -probabilities.lse[group][line];
+        uint32_t mine = 0;  // bit 2 c + b is column 8 c + 2 quad + b
+#pragma unroll
+        for (int bit = 0; bit < C::kScores / 2; ++bit) {
+          const float score = scores[bit / 2 * 4 + 2 * line + bit % 2];
+          // Not above is what is refused: NaN is kept.
+          const bool above = kOneMean ? !(fmaf(score, probabilities.factor, minus_lse) <= log_limit) : !(score <= limit);
+          if (above) mine |= 1u << bit;
+        }
+        // Each of the four lanes of a line gets the word of 32 neighbouring keys: its own number.
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = spread(mine >> (8 * i) & 255, quad);
+#pragma unroll
+        for (int distance = 2; distance > 0; distance /= 2) {
+          const bool upper = (quad & distance) != 0;
+#pragma unroll
+          for (int i = 0; i < distance; ++i) {
+            const uint32_t theirs = __shfl_xor_sync(kAllLanes, upper ? words[i] : words[i + distance], distance);
+            words[i] = (upper ? words[i + distance] : words[i]) | theirs;
+          }
+        }
+        const uint32_t kept = words[0] & inside;
+        count[group][line] += __popc(kept);
+        if (writes[group][line]) work.args.bits[int64_t{row[group][line]} * args.num_words + word] = kept;
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < 2 * C::kGroups; ++i) {
+      int all = count[i / 2][i % 2];
+      all += __shfl_xor_sync(kAllLanes, all, 1);
+      all += __shfl_xor_sync(kAllLanes, all, 2);
+      if (writes[i / 2][i % 2] && quad == 0) atomicAdd(work.args.counts + row[i / 2][i % 2], all);
+    }
+  });
+}
+
+// Second pass where keys are ranked: probabilities in 16 bits, `HalfScores` of select_kernel.cuh, [R, W * 32] of a head.
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1) mean_probabilities_kernel(const __grid_constant__ MeanWork work) {
+  pass_over_keys<C>(work, [&](const MeanItem& item, int first_line, auto score) {
+    const ScoreArgs& args = work.args.scores;
+    const int lane = threadIdx.x % kWarp, quad = lane % 4;
+    const RowProbabilities<C::kGroups> probabilities(work, item.head, first_line);
+    int row[C::kGroups][2];  // -1: nothing to write
+#pragma unroll
+    for (int i = 0; i < 2 * C::kGroups; ++i) {
+      const int number = first_line + 64 * (i / 2) + 8 * (i % 2), of_head = number / work.args.num_means;
+      row[i / 2][i % 2] = number % work.args.num_means == 0 && of_head < args.num_rows ? of_head : -1;
+    }
+    score([&](int group, int first_key, float (&scores)[C::kScores]) {
+#pragma unroll
+      for (int four = 0; four < C::kScores / 16; ++four) {  // blocks of eight columns
+        probabilities.template of<16>(group, scores, 16 * four);
+#pragma unroll
+        for (int line = 0; line < 2; ++line) {
+          uint32_t pairs[4];  // of neighbouring columns, in four blocks
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* pair = scores + 16 * four + 4 * i + 2 * line;
+            pairs[i] = static_cast<uint32_t>(HalfScores<256>::pattern(pair[0])) |
+                       static_cast<uint32_t>(HalfScores<256>::pattern(pair[1])) << 16;
+          }
+          // The four lanes of a line turn their 4 x 4 pairs, so that each has eight neighbouring columns.
+#pragma unroll
+          for (int distance = 1; distance < 4; distance *= 2) {
+            const bool upper = (quad & distance) != 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (i & distance) continue;
+              const uint32_t theirs = __shfl_xor_sync(kAllLanes, upper ? pairs[i] : pairs[i + distance], distance);
+              if (upper) {
+                pairs[i] = theirs;
+              } else {
+                pairs[i + distance] = theirs;
+              }
+            }
+          }
+          if (row[group][line] >= 0) {
+            uint16_t* out = reinterpret_cast<uint16_t*>(work.probabilities()) +
+                            32 * int64_t{args.num_words} * row[group][line] + first_key + 32 * four + 8 * quad;
+            *reinterpret_cast<uint4*>(out) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+          }
+        }
+      }
+    });
+  });
+}
+
+}  // namespace fgattn

@@ -1,0 +1,166 @@
+// Starts the kernels of mean-query masks: means, sums of exponentials, bits, and the best key of rows that keep nothing.
+#include <algorithm>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "masks/mask_launch.h"
+#include "masks/mean_kernel.cuh"
+#include "masks/start.cuh"
+#include "masks/start_select.cuh"
+
+namespace fgattn {
+namespace {
+
+constexpr int kBestThreads = 256;
+
+// One block a row, as keep_best_kernel of exact_mask.cu.
+template <class Element>
+__global__ void __launch_bounds__(kBestThreads) keep_best_of_mean_kernel(const __grid_constant__ MeanWork work) {
+  extern __shared__ __align__(8) int best_of_threads[];
+  float* best_score = reinterpret_cast<float*>(best_of_threads);
+  int* best_key = best_of_threads + kBestThreads;
+  const ScoreArgs& args = work.args.scores;
+  const int64_t row = blockIdx.x;
+  if (work.args.counts[row] != 0) return;
+  const int head = static_cast<int>(row / args.num_rows), batch = head / args.num_heads;
+  const int kv = head % args.num_heads / (args.num_heads / args.num_kv_heads);
+  const int first_line = static_cast<int>(row % args.num_rows) * work.args.num_means;
+  const uint16_t* means = reinterpret_cast<const uint16_t*>(work.means(head)) + int64_t{first_line} * args.head_dim;
+  const uint16_t* keys = static_cast<const uint16_t*>(args.key) + batch * args.key_strides.batch +
+                         kv * args.key_strides.head;
+  const float factor = kLog2E * *args.scale;
+  float score = -1;
+  int best = 0;
+  for (int key = threadIdx.x; key < args.num_keys; key += kBestThreads) {
+    float here = 0;
+    for (int part = 0; part < work.args.num_means; ++part) {
+      const float share = work.share(first_line + part);
+      if (share == 0) continue;
+      float product = 0;
+      for (int i = 0; i < args.head_dim; ++i) {
+        product = fmaf(ptx::unpack<Element>(means[part * args.head_dim + i], 0),
+                       ptx::unpack<Element>(keys[key * args.key_strides.token + i], 0), product);
+      }
+      here += share * ptx::exp2(fmaf(product, factor, -work.lse(head, first_line + part)));
+    }
+    if (here > score) score = here, best = key;
+  }
+  best_score[threadIdx.x] = score, best_key[threadIdx.x] = best;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int i = 1; i < kBestThreads; ++i) {
+    const bool better = best_score[i] > score || (best_score[i] == score && best_key[i] < best);
+    if (better) score = best_score[i], best = best_key[i];
+  }
+  work.args.bits[row * args.num_words + best / 32] = 1u << (best % 32);
+  work.args.counts[row] = 1;
+}
+
+// In how many parts the keys are taken: the fewest waves of blocks, counted in keys.
+int key_parts(int blocks, int num_tiles, int most_parts, int num_sms) {
+  int best = 1;
+  double least = 1e30;
+  for (int parts = 1; parts <= std::min(most_parts, num_tiles); ++parts) {
+    const int waves = (blocks * parts + num_sms - 1) / num_sms, tiles = (num_tiles + parts - 1) / parts;
+    const double cost = waves * (tiles + 4.0);  // to begin and end a block costs some tiles
+    if (cost < least) least = cost, best = parts;
+  }
+  return best;
+}
+
+// A pass over the keys of `heads` heads from `work.first_head` on.
+template <class C>
+cudaError_t launch_pass(void (*kernel)(MeanWork), MeanWork work, int heads, cudaStream_t stream) {
+  static_assert(sizeof(MeanMemory<C>) <= 227 * 1024);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(MeanMemory<C>));
+  if (error != cudaSuccess) return error;
+  kernel<<<heads * (work.lines / C::kLines) * work.parts, C::kThreads, sizeof(MeanMemory<C>), stream>>>(work);
+  return cudaGetLastError();
+}
+
+template <class C>
+void take_keys_in_parts(MeanWork& work, int heads, int most_parts, int num_sms) {
+  const int tiles = (work.args.scores.num_keys + C::kTileKeys - 1) / C::kTileKeys;
+  work.parts = key_parts(heads * (work.lines / C::kLines), tiles, most_parts, num_sms);
+  work.tiles_of_part = (tiles + work.parts - 1) / work.parts;
+}
+
+// Heads one after the other: the probabilities of one, and the best of them.
+template <class C>
+cudaError_t launch_ranked(MeanWork work, int heads, int num_sms, cudaStream_t stream) {
+  const MeanMaskArgs& args = work.args;
+  const ScoreArgs& s = args.scores;
+  take_keys_in_parts<C>(work, 1, 1 << 20, num_sms);
+  int32_t* probabilities = work.probabilities();
+  int32_t* floor = probabilities + int64_t{s.num_rows} * s.num_words * 16;
+  SelectArgs selection{};
+  selection.scores = probabilities;
+  selection.stride = 32 * static_cast<int64_t>(s.num_words);
+  selection.rule = args.rule;
+  selection.num_keys = s.num_keys, selection.num_words = s.num_words, selection.num_rows = s.num_rows;
+  for (int head = 0; head < heads; ++head) {
+    work.first_head = head;
+    cudaError_t error = launch_pass<C>(mean_probabilities_kernel<C>, work, 1, stream);
+    if (error != cudaSuccess) return error;
+    selection.counts = args.counts + int64_t{head} * s.num_rows;
+    selection.bits = args.bits + int64_t{head} * s.num_rows * s.num_words;
+    // Two rows of up to so many keys fit a multiprocessor.
+    const bool is_long = s.num_keys > 40000;
+    error = is_long ? select_rows<HalfScores<512>>(selection, 1, s, floor, stream)
+                    : select_rows<HalfScores<256>>(selection, 1, s, floor, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <class Element, int kHeadDim>
+cudaError_t launch(const MeanMaskArgs& args, int num_sms, cudaStream_t stream) {
+  using C = MeanConfig<Element, kHeadDim>;
+  const ScoreArgs& s = args.scores;
+  MeanWork work{};
+  work.args = args;
+  work.lines = static_cast<int>(mean_lines(s.num_rows, args.num_means));
+  const int heads = s.batch * s.num_heads;
+  auto* means = mean_queries_kernel<Element, kHeadDim>;
+  means<<<heads * work.lines, 128, 128 * 8 * sizeof(float), stream>>>(work);
+  cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  take_keys_in_parts<C>(work, heads, kMostKeyParts, num_sms);
+  work.summed_parts = work.parts;
+  error = launch_pass<C>(mean_sums_kernel<C>, work, heads, stream);
+  if (error != cudaSuccess) return error;
+  if (args.ranks) return launch_ranked<C>(work, heads, num_sms, stream);
+
+  error = cudaMemsetAsync(args.counts, 0, sizeof(int32_t) * heads * s.num_rows, stream);
+  if (error != cudaSuccess) return error;
+  auto* bits = args.num_means == 1 ? mean_bits_kernel<C, true> : mean_bits_kernel<C, false>;
+  error = launch_pass<C>(bits, work, heads, stream);
+  if (error != cudaSuccess || !args.keep_best) return error;
+  auto* best = keep_best_of_mean_kernel<Element>;
+  best<<<heads * s.num_rows, kBestThreads, 2 * kBestThreads * sizeof(int), stream>>>(work);
+  return cudaGetLastError();
+}
+
+template <class Element>
+cudaError_t launch_widths(const MeanMaskArgs& args, int num_sms, cudaStream_t stream) {
+  return args.scores.head_dim == 128 ? launch<Element, 128>(args, num_sms, stream)
+                                     : launch<Element, 64>(args, num_sms, stream);
+}
+
+}  // namespace
+
+const char* launch_mean_mask(const MeanMaskArgs& args, cudaStream_t stream) {
+  int num_sms = 0;
+  if (const char* refused = check_scores(args.scores, num_sms)) return refused;
+  if (args.num_means < 1 || args.num_means > kMostMeans || (args.num_means & (args.num_means - 1)) != 0) {
+    return "the kernel takes 1, 2, 4 or 8 means per row";
+  }
+  const cudaError_t error = args.scores.dtype == DType::kBFloat16 ? launch_widths<__nv_bfloat16>(args, num_sms, stream)
+                                                                  : launch_widths<__half>(args, num_sms, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace fgattn
