@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu import contest, run, summary
-from benchmarks.gpu.cases import CASES, OURS, GpuCase, cases_of
+from benchmarks.gpu.cases import OURS, PARTS, GpuCase, cases_of
+from benchmarks.gpu.mask_rows import MASK_BENCH
 from fgattn_jax.evaluation import tables
 
 _ROWS = Path(__file__).resolve().parent.parent / "results" / "gpu_attention.json"
@@ -18,6 +19,7 @@ with `python -m benchmarks.peers.bundle`. See benchmarks/README.md.
 
 examples:
   python -m benchmarks.gpu --peers ~/peers                      every case, about five minutes
+  python -m benchmarks.gpu --peers ~/peers --part masks         what making masks takes beside dense attention
   python -m benchmarks.gpu --peers ~/peers --quick              four densities against FA3 and FlashInfer, one minute
   python -m benchmarks.gpu --case "480p, full" --only cuda --only cudnn --no-rows
   python -m benchmarks.gpu --summary                            the table of the last run again
@@ -33,10 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--peers", type=Path, metavar="DIR", help="folder with a folder of packages per peer")
     parser.add_argument("--quick", action="store_true", help="the main cases against FA3 and FlashInfer alone")
+    parser.add_argument(
+        "--part", choices=tuple(PARTS), default="all", help="only the cases of attention, or those of making masks"
+    )
     parser.add_argument("--case", action="append", default=[], metavar="NAME", help="only this case; repeatable")
     parser.add_argument("--only", action="append", metavar="NAME", help="only this contestant; repeatable")
     parser.add_argument("--list", action="store_true", help="print cases and contestants, and stop")
-    parser.add_argument("--summary", action="store_true", help="print the table of the last run in the rows, and stop")
+    parser.add_argument("--summary", action="store_true", help="print the tables of the last run in the rows, and stop")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of everybody (default: %(default)s)")
     parser.add_argument(
         "--batch-ms", type=float, default=40.0, metavar="MS", help="work per turn (default: %(default)s)"
@@ -61,13 +66,18 @@ def _print_list() -> None:
     def bar(case: GpuCase, name: str) -> str:
         return case.bars[name].must.text if name in case.bars else "reported"
 
-    lines = [[case.name, *(bar(case, name) for name in OURS), " ".join(case.contestants)] for case in CASES]
+    lines = [[case.name, *(bar(case, name) for name in OURS), " ".join(case.contestants)] for case in PARTS["all"]]
     print(tables.format_text(("case", *(f"{name} must" for name in OURS), "contestants"), lines))
 
 
 def _last_run(rows: Sequence[tables.Row]) -> list[tables.Row]:
-    newest = max((row["date"] for row in rows), default=None)
-    return [row for row in rows if row["date"] == newest]
+    """Those of the last run about attention and of the last one about masks, which may be the same."""
+    found = []
+    for about_masks in (False, True):
+        some = [row for row in rows if summary.is_of_masks(row) == about_masks]
+        newest = max((row["date"] for row in some), default=None)
+        found += [row for row in some if row["date"] == newest]
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = tables.read_rows(args.rows)
         if args.summary:
             rows = _last_run(known)
-            print(summary.summarise(rows, [case for case in CASES if any(row["case"] == case.name for row in rows)]))
+            shown = [case for case in PARTS["all"] if any(row["case"] == case.name for row in rows)]
+            print(summary.summarise(rows, shown))
             return 0
         return _measure(args, known, words)
     except ValueError as error:
@@ -94,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(args: argparse.Namespace, known: list[tables.Row], words: Sequence[str]) -> int:
-    cases = cases_of(quick=args.quick, names=tuple(args.case))
+    cases = cases_of(quick=args.quick, names=tuple(args.case), part=args.part)
     contestants = tuple(args.only) if args.only else None
     everybody = {name for names in run.PEERS.values() for name in names}
     for name in contestants or ():
@@ -123,7 +134,8 @@ def _measure(args: argparse.Namespace, known: list[tables.Row], words: Sequence[
             tables.write_rows(args.rows, [*known, *rows])
     print()
     print(summary.summarise(rows, cases))
-    return 0 if summary.ours_of(rows) else 1
+    made = any(row["bench"] == MASK_BENCH and row["ms"] is not None for row in rows)
+    return 0 if made or summary.ours_of(rows) else 1
 
 
 if __name__ == "__main__":

@@ -20,6 +20,64 @@ MaskKind = Literal["random", "full", "uneven", "overlap", "video", "file"]
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskRule:
+    """Which slices a contestant that makes masks keeps, and what that may cost.
+
+    Args:
+        statistic: Score of a slice: largest ("peak") or summed ("mass") probability of its queries, or the one of
+            their mean ("mean").
+        rule: The field of `fgattn_jax.predictors.Budget` that is given.
+        value: Its value: "threshold" in units of `1 / S`, "top_k" as a share of the keys.
+        bar: Largest share of the time of one dense attention.
+        calls: Calls per program: what takes less than a launch from Python would show that launch.
+    """
+
+    statistic: Literal["peak", "mass", "mean"]
+    rule: Literal["threshold", "top_p", "top_k"]
+    value: float
+    bar: float
+    calls: int = 1
+
+    def budget(self, num_keys: int) -> dict[str, Any]:
+        """Arguments of `Budget` for `S` keys."""
+        values = {"threshold": self.value / num_keys, "top_p": self.value, "top_k": round(self.value * num_keys)}
+        return {self.rule: values[self.rule]}
+
+    @property
+    def text(self) -> str:
+        """The rule in a table cell."""
+        value = {
+            "threshold": f"> {self.value:g}/S",
+            "top_p": f"top-p {self.value:g}",
+            "top_k": f"top-k {self.value:g}S",
+        }
+        return f"{self.statistic} {value[self.rule]}"
+
+
+_MEAN_CALLS = 16
+
+MASKS: Mapping[str, MaskRule] = {
+    "exact": MaskRule("peak", "threshold", 0.5, bar=0.55),
+    "exact_mass": MaskRule("mass", "top_p", 0.95, bar=0.75),
+    "one_pass": MaskRule("peak", "threshold", 0.5, bar=0.10),
+    "mean_query": MaskRule("mean", "threshold", 0.1, bar=0.02, calls=_MEAN_CALLS),
+    "mean_query_topk": MaskRule("mean", "top_k", 0.3, bar=0.04, calls=_MEAN_CALLS),
+    "mean_query_topp": MaskRule("mean", "top_p", 0.9, bar=0.04, calls=_MEAN_CALLS),
+}
+"""Contestants that make masks. `one_pass` also computes dense attention; its bar is for what it takes beyond that."""
+
+ORDER = "order"
+ORDER_BAR, ORDER_CALLS = 0.003, 32
+"""The contestant that counts the kept keys of every row and sorts the rows; its bar and calls as in `MaskRule`."""
+
+MAKERS = (*MASKS, ORDER)
+"""All contestants that compute no attention, or not only."""
+
+SPARSE: Mapping[str, float] = {f"cuda_{share}": share for share in (0.2, 0.3, 0.4, 0.5, 0.6)}
+"""`cuda` with a random mask of its own, at densities where the break-even of masks is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Bar:
     """A figure to reach; what is given must hold together.
 
@@ -74,8 +132,9 @@ class GpuCase:
         mask: See `benchmarks.gpu.masks`; "file" is layer `layer` of the mask file of `--dit-masks`.
         density: Kept share of all slices.
         overlap: For "overlap": shared part of neighbouring rows' keys.
-        grid: For "video": tokens per axis.
-        order: For "video": name of the query order, as `fgattn_jax.query_order.resolve` takes it.
+        grid: For "video", of masks and of values: tokens per axis.
+        values: Query and key: independent numbers, or fields that are smooth in space and time.
+        order: Name of the query order on `grid`, as `fgattn_jax.query_order.resolve` takes it.
         layer: For "file".
         contestants: Who takes part, ours first.
         bars: Of each kernel of ours that has one here; others are only reported.
@@ -95,6 +154,7 @@ class GpuCase:
     density: float = 0.3
     overlap: float | None = None
     grid: tuple[int, int, int] | None = None
+    values: Literal["normal", "video"] = "normal"
     order: str | None = None
     layer: int = 0
     contestants: tuple[str, ...] = (*OURS, "fa3")
@@ -186,6 +246,30 @@ CASES: tuple[GpuCase, ...] = (
 )  # fmt: skip
 """The cases of the issues' tables, the ones that matter most first: a run that ends early has measured those."""
 
+_480P: dict[str, Any] = {"values": "video", "grid": (21, 30, 52)}
+_720P: dict[str, Any] = {"values": "video", "grid": (21, 45, 80), **_LARGE}
+_WHOLE: dict[str, Any] = {"mask": "full", "density": 1.0}
+_MAKING = (*OURS, *SPARSE, *MAKERS)
+_PEERS_OF_MASKS = ("fa3", "fa4", "cudnn", "tokamax")
+
+MASK_CASES: tuple[GpuCase, ...] = (
+    GpuCase("masks, 1.3B 480p", **_480P, **_WHOLE, contestants=(*_PEERS_OF_MASKS, *_MAKING)),
+    GpuCase("masks, 14B 720p, 8 of 40 heads", **_720P, **_WHOLE, contestants=(*_PEERS_OF_MASKS, *_MAKING)),
+    GpuCase("masks, 1.3B 480p in cubes", **_480P, **_WHOLE, order="cubes_2x8x8",
+            contestants=(*_PEERS_OF_MASKS, *_MAKING)),
+    GpuCase("masks, 480p, H=64, M=64", **_480P, **_WHOLE, head_dim=64, query_block=64,
+            contestants=("fa3", "cudnn", *_MAKING)),
+)  # fmt: skip
+"""Making masks beside dense attention, with ours on the full mask and at the densities of `SPARSE`."""
+
+PARTS: Mapping[str, tuple[GpuCase, ...]] = {
+    "attention": CASES,
+    "masks": MASK_CASES,
+    # Masks before the case with the profiler.
+    "all": (*CASES[:-1], *MASK_CASES, CASES[-1]),
+}
+"""Cases of a run, by what `--part` names."""
+
 BREAK_EVEN_BAR = 0.88
 """Least density at which ours may take as long as the fastest dense contestant."""
 
@@ -193,15 +277,19 @@ LINEARITY_BAR = 0.999
 """Least R^2 of time over kept slices."""
 
 
-def cases_of(*, quick: bool, names: tuple[str, ...] = ()) -> tuple[GpuCase, ...]:
-    """The cases of a run.
+def cases_of(*, quick: bool, names: tuple[str, ...] = (), part: str = "all") -> tuple[GpuCase, ...]:
+    """The cases of a run: those with the names, or all of a part (of which `quick` takes some).
 
     Raises:
-        ValueError: No case has one of the names.
+        ValueError: No case of the part has one of the names, or a quick run would have none.
     """
+    cases = PARTS[part]
     if not names:
-        return tuple(case for case in CASES if case.quick or not quick)
-    known = {case.name: case for case in CASES}
+        chosen = tuple(case for case in cases if case.quick or not quick)
+        if not chosen:
+            raise ValueError(f"expected a part with quick cases, got part={part!r}: leave out `--quick`")
+        return chosen
+    known = {case.name: case for case in cases}
     for name in names:
         if name not in known:
             raise ValueError(f"expected a case among {', '.join(map(repr, known))}; got {name!r}")

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu import inputs, protocol
-from benchmarks.gpu.cases import DENSE, GpuCase
+from benchmarks.gpu import inputs, mask_checks, masks, protocol
+from benchmarks.gpu.cases import DENSE, MAKERS, MASKS, ORDER, SPARSE, GpuCase
 from benchmarks.gpu.client import PeerAbsentError, Worker, WorkerError, WorkerLostError
 from benchmarks.gpu.inputs import CaseFiles
 from fgattn_jax.evaluation.tables import Row
@@ -53,6 +53,10 @@ class Entry:
     lse_error: float | None = None
     plan_ms: float | None = None
     device_ms: float | None = None
+    density: float | None = None
+    wrong_slices: float | None = None
+    calls: int = 1
+    runs: str | None = None
     times_ms: list[float] = dataclasses.field(default_factory=list)
 
     @property
@@ -99,7 +103,26 @@ def _prepare(
         if reason := answer.get("missing"):
             entry.drop("missing", reason)
             continue
-        check(entry, case, oracle, answer)
+        entry.calls, entry.runs = answer["calls"], answer["runs"]
+        if entry.name in MAKERS:
+            check_made(entry, case, files, oracle, np.load(answer["made"]))
+        if entry.live and answer.get("output") is not None:
+            check(entry, case, oracle, answer)
+
+
+def check_made(entry: Entry, case: GpuCase, files: CaseFiles, oracle: inputs.Oracle, made: np.ndarray) -> None:
+    """Compare a mask with the scores of some rows, or a work order with its mask."""
+    bits, note = files.load(inputs.bits_name(entry.name)), None
+    if entry.name == ORDER:
+        note = mask_checks.check_order(made, bits)
+    else:
+        shape, rule = (case.num_heads, case.num_rows, bits.shape[2]), MASKS[entry.name]
+        entry.wrong_slices, note = mask_checks.check_mask(made, oracle.scores, rule, shape, case.num_keys)
+        bits = made
+    if note is not None:
+        entry.drop("wrong", note)
+    if bits.ndim == 3:
+        entry.density = masks.density(bits, case.num_queries, case.num_keys, case.query_block)
 
 
 def check(entry: Entry, case: GpuCase, oracle: inputs.Oracle, answer: Mapping[str, Any]) -> None:
@@ -209,6 +232,10 @@ def rows_of(case: GpuCase, files: CaseFiles, entries: Sequence[Entry]) -> list[R
         if entry.name in inputs.BLOCK_KEYS:
             kept = files.load(f"blocks_{entry.name}").shape[2]
             density = kept * inputs.BLOCK_KEYS[entry.name] / num_keys
+        if entry.name in SPARSE:
+            density = _density_of(case, files, entry.name)
+        if entry.name in MAKERS:
+            density = entry.density
         timed = entry.live and len(entry.times_ms) > 0
         low, median, high = np.percentile(entry.times_ms, [10, 50, 90]) if timed else (None, None, None)
         description = entry.worker.description or {}
@@ -225,12 +252,14 @@ def rows_of(case: GpuCase, files: CaseFiles, entries: Sequence[Entry]) -> list[R
                 "head_dim": case.head_dim,
                 "query_block": case.query_block,
                 "dtype": case.dtype,
-                "mask": "blocks" if entry.name in inputs.BLOCK_KEYS else case.mask,
+                "mask": _mask_text(case, entry.name),
                 "density": density,
                 "ms": _rounded(median),
                 "ms_p10": _rounded(low),
                 "ms_p90": _rounded(high),
-                "tflops": None if median is None else case.flops(density, num_queries, num_keys) / median / 1e9,
+                "tflops": None
+                if median is None or density is None or entry.name in MAKERS
+                else case.flops(density, num_queries, num_keys) / median / 1e9,
                 "device_ms": _rounded(entry.device_ms),
                 "plan_ms": _rounded(entry.plan_ms),
                 "error": entry.error,
@@ -239,8 +268,29 @@ def rows_of(case: GpuCase, files: CaseFiles, entries: Sequence[Entry]) -> list[R
                 "note": entry.note,
                 "versions": " ".join(f"{k}={v}" for k, v in description.get("versions", {}).items()),
             }
+            | (_maker_columns(entry) if entry.name in MAKERS else {})
         )
     return rows
+
+
+def _density_of(case: GpuCase, files: CaseFiles, contestant: str) -> float:
+    if inputs.bits_name(contestant) not in files.arrays:  # the case was never made
+        return SPARSE[contestant]
+    bits = files.load(inputs.bits_name(contestant))
+    return masks.density(bits, case.num_queries, case.num_keys, case.query_block)
+
+
+def _mask_text(case: GpuCase, contestant: str) -> str:
+    if contestant in MASKS:
+        return MASKS[contestant].text
+    if contestant in inputs.BLOCK_KEYS:
+        return "blocks"
+    return "random" if contestant in SPARSE or contestant == ORDER else case.mask
+
+
+def _maker_columns(entry: Entry) -> Row:
+    """Columns of contestants that make masks alone; shares of dense attention follow in `mask_rows`."""
+    return {"wrong_slices": entry.wrong_slices, "runs": entry.runs, "calls_per_program": entry.calls}
 
 
 def _rounded(value: float | None) -> float | None:

@@ -11,8 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks.gpu import masks
-from benchmarks.gpu.cases import DENSE, GpuCase
+from benchmarks.gpu import fields, mask_checks, masks
+from benchmarks.gpu.cases import DENSE, MAKERS, MASKS, ORDER, SPARSE, GpuCase
 from fgattn_jax import query_order
 from fgattn_jax.evaluation.oracle import attention_oracle
 
@@ -20,6 +20,9 @@ BLOCK_KEYS = {"fa4_128x128": 128, "fa4_128x64": 64}
 """Keys per block of contestants that take whole blocks; their rows have 128 queries."""
 
 _CHECKED_QUERIES = 6
+_FIELD_SEED = 7
+_ORDER_MASK = next(name for name, share in SPARSE.items() if share == 0.3)
+_DENSE_RESULTS = (*DENSE, "one_pass")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class CaseFiles:
     Attributes:
         folder: Where all of them lie.
         arrays: `query`, `key`, `value` (`[T, N, H]`, `[S, K, H]`; bfloat16 as uint16), `bits`, perhaps `query_order`
-            (`[T]`), `blocks_<name>` (`[N, T // 128, kept]`).
+            (`[T]`), `blocks_<name>` (`[N, T // 128, kept]`), `bits_<name>` of contestants with masks of their own.
         density: Kept share of `bits`.
         queries: Numbers of the queries that are compared.
     """
@@ -49,8 +52,28 @@ def _save(path: Path, array: np.ndarray) -> str:
     return str(path)
 
 
+def _values(case: GpuCase, folder: Path) -> dict[str, str]:
+    """Query, key and value; cases of one shape and kind share the files."""
+    paths = _normal_arrays(case, folder)
+    if case.values == "video":
+        assert case.grid is not None, "a case of video fields names its grid"
+        sizes = {"query": case.num_heads, "key": case.num_kv_heads}
+        chosen = {name: folder / f"video_{Path(paths[name]).name}" for name in sizes}
+        if not all(path.exists() for path in chosen.values()):
+            arrays = fields.video_fields(case.grid, case.num_heads, case.num_kv_heads, case.head_dim, _FIELD_SEED)
+            for path, array in zip(chosen.values(), arrays, strict=True):
+                partial = path.with_suffix(".partial.npy")
+                _save(partial, array.astype(_dtype(case)))
+                partial.replace(path)
+        paths |= {name: str(path) for name, path in chosen.items()}
+    return paths
+
+
+def _dtype(case: GpuCase) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype)
+
+
 def _normal_arrays(case: GpuCase, folder: Path) -> dict[str, str]:
-    """Query, key and value; cases of one shape share the files."""
     shapes = {
         "query": (case.num_queries, case.num_heads, case.head_dim),
         "key": (case.num_keys, case.num_kv_heads, case.head_dim),
@@ -60,8 +83,7 @@ def _normal_arrays(case: GpuCase, folder: Path) -> dict[str, str]:
     for name, shape in shapes.items():
         path = folder / f"{name}_{'x'.join(map(str, shape))}_{case.dtype}.npy"
         if not path.exists():
-            dtype = np.dtype(ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype)
-            array = np.empty(shape, dtype)
+            array = np.empty(shape, _dtype(case))
             chunks = np.array_split(np.arange(shape[0]), 16)
 
             def fill(part: int, array: np.ndarray = array, chunks: list[np.ndarray] = chunks, name: str = name) -> None:
@@ -88,15 +110,18 @@ def make_bits(case: GpuCase, mask_file: Path | None) -> tuple[np.ndarray, np.nda
     sizes = (case.num_heads, case.num_rows, case.num_keys)
     if case.mask == "file":
         return _file_bits(case, mask_file)
+    order = None
+    if case.order is not None:
+        assert case.grid is not None, "a case with a query order names its grid"
+        order = query_order.resolve(case.order, case.grid)
     if case.mask == "video":
         assert case.grid is not None, "a video case names its grid"
-        order = None if case.order is None else query_order.resolve(case.order, case.grid)
         return masks.video_mask(case.grid, case.num_heads, case.query_block, case.density, seed, order), order
     if case.mask == "overlap":
         assert case.overlap is not None, "an overlap case names its overlap"
-        return masks.overlap_mask(*sizes, case.density, case.overlap, seed), None
+        return masks.overlap_mask(*sizes, case.density, case.overlap, seed), order
     make = masks.uneven_mask if case.mask == "uneven" else masks.random_mask
-    return make(*sizes, 1.0 if case.mask == "full" else case.density, seed), None
+    return make(*sizes, 1.0 if case.mask == "full" else case.density, seed), order
 
 
 def _file_bits(case: GpuCase, mask_file: Path | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -134,7 +159,7 @@ def make_files(case: GpuCase, folder: Path, mask_file: Path | None = None, *, pa
         ValueError: See `make_bits`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = _normal_arrays(case, folder)
+    arrays = _values(case, folder)
     folder = folder / part
     folder.mkdir(exist_ok=True)
     bits, order = make_bits(case, mask_file)
@@ -146,11 +171,22 @@ def make_files(case: GpuCase, folder: Path, mask_file: Path | None = None, *, pa
             rows, blocks = case.num_queries // 128, case.num_keys // width
             kept = masks.block_mask(case.num_heads, rows, blocks, case.density, number)
             arrays[f"blocks_{name}"] = _save(folder / f"blocks_{name}.npy", kept)
+    for name, density in SPARSE.items():
+        if name in case.contestants or (name == _ORDER_MASK and ORDER in case.contestants):
+            seed = zlib.crc32(f"{case.name}, {name}".encode())
+            own = masks.random_mask(case.num_heads, case.num_rows, case.num_keys, density, seed)
+            arrays[bits_name(name)] = _save(folder / f"{bits_name(name)}.npy", own)
     share = masks.density(bits, case.num_queries, case.num_keys, case.query_block)
     # First, last of the whole rows, very last, and others that fall on no boundary of anything.
     last_whole = max(case.num_queries // 128 * 128, 1) - 1
     queries = sorted({*np.linspace(0, last_whole, _CHECKED_QUERIES).astype(int).tolist(), case.num_queries - 1})
     return CaseFiles(folder, arrays, share, tuple(queries))
+
+
+def bits_name(contestant: str) -> str:
+    """Under which name the files hold the mask of a contestant."""
+    own = _ORDER_MASK if contestant == ORDER else contestant
+    return f"bits_{own}" if own in SPARSE else "bits"
 
 
 def lengths(case: GpuCase, contestant: str) -> tuple[int, int]:
@@ -184,6 +220,7 @@ class Oracle:
         self._case, self._files = case, files
         self._lock = threading.Lock()
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._scores: mask_checks.RowScores | None = None
         if before is not None and before._inputs == self._inputs and "dense" in before._known:
             self._known["dense"] = before._known["dense"]
 
@@ -193,11 +230,30 @@ class Oracle:
 
     def of(self, contestant: str) -> tuple[np.ndarray, np.ndarray]:
         """See `expected`."""
-        kind = "dense" if contestant in DENSE else contestant if contestant in BLOCK_KEYS else "slices"
+        own = contestant in BLOCK_KEYS or contestant in SPARSE
+        kind = "dense" if contestant in _DENSE_RESULTS else contestant if own else "slices"
         with self._lock:
             if kind not in self._known:
                 self._known[kind] = expected(self._case, self._files, contestant)
             return self._known[kind]
+
+    def scores(self) -> mask_checks.RowScores:
+        """See `mask_checks.row_scores`."""
+        with self._lock:
+            if self._scores is None:
+                query, key = (_load_values(self._files, name) for name in ("query", "key"))
+                order = self._files.load("query_order") if "query_order" in self._files.arrays else None
+                self._scores = mask_checks.row_scores(
+                    query, key, order, query_block=self._case.query_block, scale=self._case.scale
+                )
+            return self._scores
+
+    def prepare(self, contestant: str) -> None:
+        """Compute what a contestant will be compared with."""
+        if contestant in MASKS:
+            self.scores()
+        if contestant not in MAKERS or contestant in _DENSE_RESULTS:
+            self.of(contestant)
 
 
 def expected(case: GpuCase, files: CaseFiles, contestant: str) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +282,7 @@ def expected(case: GpuCase, files: CaseFiles, contestant: str) -> tuple[np.ndarr
 
 def _rows_of(case: GpuCase, files: CaseFiles, contestant: str, queries: np.ndarray) -> np.ndarray:
     """Boolean `[N, len(queries), S]`: what each of the queries attends to."""
-    if contestant in DENSE:
+    if contestant in _DENSE_RESULTS:
         return np.ones((case.num_heads, len(queries), case.num_keys), bool)
     if contestant in BLOCK_KEYS:
         width = BLOCK_KEYS[contestant]
@@ -240,4 +296,4 @@ def _rows_of(case: GpuCase, files: CaseFiles, contestant: str, queries: np.ndarr
     position = queries
     if "query_order" in files.arrays:
         position = query_order.inverse(files.load("query_order"))[queries]
-    return masks.unpack(files.load("bits")[:, position // case.query_block], case.num_keys)
+    return masks.unpack(files.load(bits_name(contestant))[:, position // case.query_block], case.num_keys)

@@ -12,13 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import contest, inputs
-from benchmarks.gpu.cases import GpuCase
+from benchmarks.gpu import contest, inputs, mask_rows
+from benchmarks.gpu.cases import MAKERS, SPARSE, GpuCase
 from benchmarks.gpu.client import Worker
 from fgattn_jax.evaluation import tables
 
 PEERS: Mapping[str, tuple[str, ...]] = {
-    "fgattn": ("cuda", "pallas", "xla"),
+    "fgattn": ("cuda", "pallas", "xla", *SPARSE),
+    "fgattn_masks": MAKERS,
     "fa3": ("fa3",),
     "flashinfer": ("flashinfer", "flashinfer_fused", "flashinfer_launches"),
     "jax_nn": ("cudnn",),
@@ -26,6 +27,12 @@ PEERS: Mapping[str, tuple[str, ...]] = {
     "tokamax": ("tokamax",),
 }
 """Modules of `benchmarks.peers`, each a process of its own, and their contestants."""
+
+
+_ENVIRONMENT = {
+    # Without CUDA graphs, the calls of a program run in order on one stream: short ones must not overlap.
+    "fgattn_masks": {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()},
+}
 
 
 def make_workers(peer_folder: Path | None, *, options: Mapping[str, Any], log: Path | None) -> dict[str, Worker]:
@@ -40,7 +47,9 @@ def make_workers(peer_folder: Path | None, *, options: Mapping[str, Any], log: P
     workers = {}
     for peer, names in PEERS.items():
         folder = None if peer_folder is None else peer_folder / peer
-        environment = {"FLASHINFER_WORKSPACE_BASE": str(folder)} if folder and peer == "flashinfer" else {}
+        environment = dict(_ENVIRONMENT.get(peer, {}))
+        if folder and peer == "flashinfer":
+            environment["FLASHINFER_WORKSPACE_BASE"] = str(folder)
         worker = Worker(
             f"benchmarks.peers.{peer}",
             folders=[str(folder)] if folder and folder.is_dir() else [],
@@ -125,7 +134,7 @@ def run(plan: Plan, workers: Mapping[str, Worker], say: Callable[[str], None]) -
                     continue
                 prepared = _submit(maker, cases, number + 1, folder, plan.mask_file, oracle)
                 entries = contest.run_case(case, files, workers, plan.settings, oracle)
-                rows = [row | source for row in contest.rows_of(case, files, entries)]
+                rows = [row | source for row in mask_rows.complete(contest.rows_of(case, files, entries))]
                 say(f"{case.name}: {_short(rows)} ({time.monotonic() - start:.0f} s)")
                 yield rows
     finally:
@@ -158,7 +167,7 @@ def _submit(
         files = inputs.make_files(case, folder, mask_file, part=f"{number % 2}")
         oracle = inputs.Oracle(case, files, before)
         for name in case.contestants:
-            oracle.of(name)
+            oracle.prepare(name)
         return files, oracle
 
     return maker.submit(make)
@@ -168,11 +177,16 @@ def _empty(case: GpuCase, source: Mapping[str, Any], status: str, note: str) -> 
     blank = inputs.CaseFiles(Path(), {}, case.density, ())
     entries = [contest.Entry(name, Worker("none"), status, note) for name in case.contestants]
     entries = [entry for entry in entries if entry.name not in inputs.BLOCK_KEYS]
-    return [row | dict(source) for row in contest.rows_of(case, blank, entries)]
+    return [row | dict(source) for row in mask_rows.complete(contest.rows_of(case, blank, entries))]
 
 
 def _short(rows: Sequence[tables.Row]) -> str:
     return ", ".join(
-        f"{row['implementation']} {row['status'] if row['tflops'] is None else format(row['tflops'], '.0f')}"
-        for row in rows
+        f"{row['implementation']} {_figure(row)}" for row in rows if row["bench"] != mask_rows.BREAK_EVEN_BENCH
     )
+
+
+def _figure(row: tables.Row) -> str:
+    if row["tflops"] is not None:
+        return f"{row['tflops']:.0f}"
+    return row["status"] if row["ms"] is None else f"{row['ms']:.3f} ms"

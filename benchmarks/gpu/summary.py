@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.gpu import mask_summary
 from benchmarks.gpu.cases import (
     BREAK_EVEN_BAR,
     CASES,
@@ -13,10 +14,12 @@ from benchmarks.gpu.cases import (
     FA4_BLOCKS,
     FLASHINFER,
     LINEARITY_BAR,
+    MASK_CASES,
     OURS,
     Bar,
     GpuCase,
 )
+from benchmarks.gpu.mask_rows import BREAK_EVEN_BENCH
 from fgattn_jax.evaluation.tables import Row, format_text
 
 _HEADER = ("case", "must", "ours", "best sparse peer", "ratio", "fastest dense", "speed", "must", "stretch")
@@ -135,14 +138,30 @@ def _line(rows: Sequence[Row], case: GpuCase, ours: str) -> list[str]:
 
 
 def summarise(rows: Sequence[Row], cases: Sequence[GpuCase]) -> str:
-    """The text that a run prints last: rates in useful TFLOP/s, `4 * T * S * H * N * density / time`."""
+    """The text that a run prints last: rates in useful TFLOP/s, `4 * T * S * H * N * density / time`, then masks."""
+    about_masks = [row for row in rows if is_of_masks(row)]
+    attention = [row for row in rows if not is_of_masks(row)]
+    parts = _of_attention(attention, [case for case in cases if case not in MASK_CASES])
+    parts += mask_summary.summarise(about_masks)
+    measured = [row for row in rows if row["bench"] != BREAK_EVEN_BENCH]
+    parts += [f"{row['case']}, {row['implementation']}: {row['status']}: {row['note']}" for row in _notes(measured)]
+    return "\n".join(parts)
+
+
+def is_of_masks(row: Row) -> bool:
+    """Whether a row belongs to a case about making masks, whoever it measures there."""
+    return any(row["case"] == case.name for case in MASK_CASES)
+
+
+def _of_attention(rows: Sequence[Row], cases: Sequence[GpuCase]) -> list[str]:
+    if not cases:
+        return []
     parts = ["rates are useful TFLOP/s; `speed` is how many times faster than dense"]
     for name in ours_of(rows) or OURS[:1]:
         parts += _of_kernel(rows, cases, name)
     parts += [f"plan() beside the call: {text}" for text in _plans(rows)]
     parts += [f"timers differ: {text}" for text in _timer_warnings(rows)]
-    parts += [f"{row['case']}, {row['implementation']}: {row['status']}: {row['note']}" for row in _notes(rows)]
-    return "\n".join(parts)
+    return parts
 
 
 def _of_kernel(rows: Sequence[Row], cases: Sequence[GpuCase], name: str) -> list[str]:

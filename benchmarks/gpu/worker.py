@@ -51,12 +51,12 @@ class _Session:
         arrays = program.call()
         self.peer.sync()
         fetched = program.fetch(arrays, inputs.checked_queries(case, files, name))
-        paths = {"output": str(files.folder / f"output_{name}.npy")}
-        np.save(paths["output"], fetched.output)
-        if fetched.lse is not None:
-            paths["lse"] = str(files.folder / f"lse_{name}.npy")
-            np.save(paths["lse"], fetched.lse)
-        return {"finite": fetched.finite, **paths}
+        paths = {}
+        for kind, array in (("output", fetched.output), ("lse", fetched.lse), ("made", fetched.made)):
+            if array is not None:
+                paths[kind] = str(files.folder / f"{kind}_{name}.npy")
+                np.save(paths[kind], array)
+        return {"finite": fetched.finite, "calls": program.calls, "runs": program.runs, **paths}
 
     def plan(self, message: protocol.Message) -> protocol.Message:
         plan = self._programs[message["contestant"]].plan
@@ -72,11 +72,14 @@ class _Session:
         return {"ms": float(np.median(times))}
 
     def time(self, message: protocol.Message) -> protocol.Message:
-        ms, calls = time_calls(self._programs[message["contestant"]].call, self.peer.sync, message["target_ms"])
-        return {"ms": ms, "calls": calls}
+        program = self._programs[message["contestant"]]
+        ms, calls = time_calls(program.call, self.peer.sync, message["target_ms"])
+        return {"ms": ms / program.calls, "calls": calls * program.calls}
 
     def device_time(self, message: protocol.Message) -> protocol.Message:
-        return {"ms": self.peer.device_ms(self._programs[message["contestant"]], message["calls"])}
+        program = self._programs[message["contestant"]]
+        ms = self.peer.device_ms(program, message["calls"])
+        return {"ms": None if ms is None else ms / program.calls}
 
     def release(self, _: protocol.Message) -> protocol.Message:
         self._programs.clear()

@@ -17,14 +17,16 @@ class Fetched(NamedTuple):
     """Part of a result on the host.
 
     Attributes:
-        output: `[queries, N, H]` float32 of the asked queries.
+        output: `[queries, N, H]` float32 of the asked queries; None where no attention was computed.
         lse: `[N, queries]` float32, natural logarithm; None where the peer has none.
         finite: Whether the whole output is finite.
+        made: Of contestants that make masks: all bits `uint32[N, R, W]`, or the work order `int32[N, R, 2]`.
     """
 
-    output: np.ndarray
+    output: np.ndarray | None
     lse: np.ndarray | None
     finite: bool
+    made: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,15 @@ class Program:
         call: Enqueues one whole attention call and returns its arrays without waiting.
         fetch: What the arrays of a call hold for some queries.
         plan: Does again what the peer must do once per mask before calls, and waits; None if that is nothing.
+        calls: What counts as one call and is done so often by one `call`, one after the other.
+        runs: What does the work, where a contestant leaves that open: "cuda" or "xla".
     """
 
     call: Callable[[], Any]
     fetch: Callable[[Any, Sequence[int]], Fetched]
     plan: Callable[[], None] | None = None
+    calls: int = 1
+    runs: str | None = None
 
 
 class AbstractPeer(abc.ABC):

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 import fgattn_jax
-from benchmarks.gpu.cases import GpuCase
+from benchmarks.gpu import inputs
+from benchmarks.gpu.cases import SPARSE, GpuCase
 from benchmarks.gpu.inputs import CaseFiles
 from benchmarks.peers.base import Fetched, Program
 from benchmarks.peers.jax_side import AbstractJaxPeer, fetch_queries, load
@@ -19,13 +20,13 @@ from fgattn_jax.xla_ffi import support as cuda_support
 
 
 class FgattnPeer(AbstractJaxPeer):
-    """`cuda`, `pallas` and `xla`, each with its LSE.
+    """`cuda`, `pallas` and `xla`, each with its LSE; `cuda_<density>` is `cuda` with a mask of its own.
 
     Args:
         allow_unreleased: Let our kernels in this process run although their tests on a GPU are not recorded.
     """
 
-    names = ("cuda", "pallas", "xla")
+    names = ("cuda", "pallas", "xla", *SPARSE)
 
     def __init__(self, *, allow_unreleased: bool):
         super().__init__()
@@ -36,7 +37,7 @@ class FgattnPeer(AbstractJaxPeer):
         """See `AbstractPeer.why_not`."""
         if name == "xla" or name not in self.names:
             return super().why_not(name, case)
-        support = cuda_support if name == "cuda" else pallas_support
+        support = pallas_support if name == "pallas" else cuda_support
         device = jax.devices()[0]
         facts: dict[str, Any] = {"head_dim": case.head_dim, "query_block": case.query_block, "dtype": case.dtype}
         facts |= {"platform": device.platform, "compute_capability": getattr(device, "compute_capability", None)}
@@ -44,14 +45,15 @@ class FgattnPeer(AbstractJaxPeer):
 
     def prepare(self, name: str, case: GpuCase, files: CaseFiles) -> Program:
         """See `AbstractPeer.prepare`."""
-        if "bits" not in self._arrays:
-            self._arrays["bits"] = load(files, "bits")[None]  # [1, N, R, W]
+        bits_name = inputs.bits_name(name)
+        if bits_name not in self._arrays:
+            self._arrays[bits_name] = load(files, bits_name)[None]  # [1, N, R, W]
             if "query_order" in files.arrays:
                 self._arrays["query_order"] = load(files, "query_order")[None, None]  # [1, 1, T]
-        bits, order = self._arrays["bits"], self._arrays.get("query_order")
+        bits, order = self._arrays[bits_name], self._arrays.get("query_order")
         qkv = self.qkv(case, files)
         if name != "xla":
-            return self._kernel(name, case, qkv, bits, order)
+            return self._kernel("cuda" if name in SPARSE else name, case, qkv, bits, order)
         mask = SliceMask(
             bits, order, query_block=case.query_block, num_keys=case.num_keys, num_queries=case.num_queries
         )

@@ -40,7 +40,7 @@ class AbstractJaxPeer(AbstractPeer):
 
     def __init__(self) -> None:
         self._arrays: dict[str, jax.Array] = {}
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._compiled: dict[Any, Any] = {}
         self._last: Any = None
 
     def describe(self) -> dict[str, Any]:
@@ -59,16 +59,20 @@ class AbstractJaxPeer(AbstractPeer):
 
     def program(self, key: Any, function: Callable[..., Any], arrays: Sequence[Any]) -> Callable[[], Any]:
         """The function compiled for these arrays, as a call without arguments; compiled once per key and shapes."""
-        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(tuple(arrays)))
-        if (key, shapes) not in self._compiled:
-            self._compiled[key, shapes] = jax.jit(function).lower(*arrays).compile()
-        compiled = self._compiled[key, shapes]
+        compiled = self.compiled(key, function, arrays)
 
         def call() -> Any:
             self._last = compiled(*arrays)
             return self._last
 
         return call
+
+    def compiled(self, key: Any, function: Callable[..., Any], arrays: Sequence[Any]) -> Any:
+        """What `program` calls."""
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(tuple(arrays)))
+        if (key, shapes) not in self._compiled:
+            self._compiled[key, shapes] = jax.jit(function).lower(*arrays).compile()
+        return self._compiled[key, shapes]
 
     def sync(self) -> None:
         """Wait for the last call: a device runs its programs in the order in which they were enqueued."""

@@ -5,6 +5,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from fgattn_jax.cli import _bench_layer
+
+_ROWS = _bench_layer.FOLDER / _bench_layer.OTHER_ROWS
+
 _EPILOG = """\
 Every program is compared with a float64 oracle before it is timed. Rows are appended to the file; those of the same
 device and jax are replaced by a full run. Close other programs: a busy machine shows in the spread.
@@ -14,6 +18,7 @@ examples:
   fgattn bench --list                             names of the cases
   fgattn bench --bench attention --case "4096 tokens, density 0.2" --rows rows.json --rows-only
   fgattn bench --render-only                      write the documents anew from the rows
+
 """
 
 
@@ -22,7 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "bench",
         description="Time attention under masks, its gradient and the making of masks against dense attention.",
-        epilog=_EPILOG,
+        epilog=_EPILOG + _bench_layer.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -34,9 +39,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--rows",
         type=Path,
-        default=Path("benchmarks/results/attention.json"),
         metavar="FILE",
-        help="data rows (default: %(default)s)",
+        help=f"data rows (default: {_ROWS}; with --layer: {_bench_layer.ROWS} in that folder). The report "
+        "takes both files of the folder",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("docs/benchmarks.md"), metavar="FILE", help="report (default: %(default)s)"
@@ -46,16 +51,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--rows-only", action="store_true", help="measure, write no report")
     what.add_argument("--render-only", action="store_true", help="measure nothing, write the report")
+    _bench_layer.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures and renders; returns 0."""
     if args.rounds < 1:
         raise ValueError(f"expected `--rounds` of at least 1, got rounds={args.rounds}")
+    if args.layer:
+        return _bench_layer.run(args)
+    _bench_layer.refuse_without_layer(args)
 
     from fgattn_jax.evaluation import benchmark_report, tables
 
-    rows = tables.read_rows(args.rows)
+    rows_file = args.rows or _ROWS
+    rows = tables.read_rows(rows_file)
     if not args.render_only:
         from fgattn_jax.evaluation import benchmark
 
@@ -75,10 +85,11 @@ def run(args: argparse.Namespace) -> int:
         for row in benchmark.run_benches(args.bench or benchmark.BENCHES, chosen, args.rounds):
             print(_line(row), file=sys.stderr, flush=True)
             rows.append({**row, "rounds": args.rounds, **source})
-            tables.write_rows(args.rows, rows)
+            tables.write_rows(rows_file, rows)
     if not args.rows_only:
-        benchmark_report.render(rows, args.out, rows_name=args.rows.as_posix())
-        benchmark_report.update_readme(rows, args.readme)
+        layers = tables.read_rows(rows_file.with_name(_bench_layer.ROWS))
+        benchmark_report.render(rows, args.out, rows_name=rows_file.as_posix(), layer_rows=layers)
+        benchmark_report.update_readme(rows, args.readme, layer_rows=layers)
         print(f"wrote {args.out} from {len(rows)} rows", file=sys.stderr)
     return 0
 

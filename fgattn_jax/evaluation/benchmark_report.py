@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fgattn_jax.evaluation import layer_report
 from fgattn_jax.evaluation.tables import Row, format_markdown
 from fgattn_jax.types import IMPLEMENTATIONS
 
@@ -129,26 +130,37 @@ def _section(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def render(rows: Sequence[Row], path: Path, *, rows_name: str) -> None:
-    """Write docs/benchmarks.md.
+def render(rows: Sequence[Row], path: Path, *, rows_name: str, layer_rows: Sequence[Row] = ()) -> None:
+    """Write docs/benchmarks.md, and the pictures of the layers into `images` beside it.
+
+    Args:
+        rows: Rows of `fgattn bench`.
+        path: The document.
+        rows_name: The file that `rows` are in, as the document names it.
+        layer_rows: Rows of `fgattn bench --layer`.
 
     Raises:
-        ValueError: There are no rows.
+        ValueError: There are no rows, or there are layers and matplotlib is missing.
     """
-    if not rows:
+    if not rows and not layer_rows:
         raise ValueError(f"expected benchmark rows in {rows_name!r}, got none; run `fgattn bench` first")
+    beside = " and the rows of layers beside it" if layer_rows else ""
     head = (
         "# Benchmarks\n\n"
-        f"Written by `fgattn bench --render-only` from `{rows_name}`; edit neither by hand. Every program passed the "
-        "float64 oracle before it was timed; the programs of a case took turns in every round, so that ratios inside a "
-        "table hold, while times of different runs cannot be compared."
+        f"Written by `fgattn bench --render-only` from `{rows_name}`{beside}; edit none by hand. Every program passed "
+        "the float64 oracle before it was timed; the programs of a case took turns in every round, so that ratios "
+        "inside a table hold, while times of different runs cannot be compared."
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join([head, *map(_section, _runs(rows))]) + "\n")
+    layers = []
+    if layer_rows:
+        layer_report.draw_all(layer_rows, path.parent / "images")
+        layers = [layer_report.section(layer_rows, "images")]
+    path.write_text("\n\n".join([head, *layers, *map(_section, _runs(rows))]) + "\n")
 
 
-def update_readme(rows: Sequence[Row], path: Path) -> bool:
-    """Put one table between the marks of a README; False where the file or the marks are missing."""
+def update_readme(rows: Sequence[Row], path: Path, *, layer_rows: Sequence[Row] = ()) -> bool:
+    """Put the tables between the marks of a README; False where the file or the marks are missing."""
     begin, end = README_MARKS
     if not path.exists() or begin not in (text := path.read_text()) or end not in text:
         return False
@@ -163,6 +175,7 @@ def update_readme(rows: Sequence[Row], path: Path) -> bool:
             )
             where = f"{first['device']}, jax {first['jax']}, commit {first['commit']}"
             tables.append(f"{where} ([all rows](docs/benchmarks.md)):\n\n{table}")
+    tables += layer_report.readme_part(layer_rows)
     before, after = text.split(begin)[0], text.split(end)[1]
     path.write_text(f"{before}{begin}\n\n" + "\n\n".join(tables) + f"\n\n{end}{after}")
     return True
