@@ -1,1 +1,1 @@
-"""What the video models share: layers, the attention seam, cached masks, step tables, the sampler, checkpoints, sharding."""
+"""What the video models share: layers, the attention seam, masks over steps, samplers, checkpoints, sharding."""

@@ -55,7 +55,9 @@ class VideoAttention(Protocol):
         *,
         layer: Int[Array, ""],
         text: TextTail | None,
-    ) -> Attended: ...
+    ) -> Attended:
+        """Attend; `text` is None unless text tokens stand behind the video tokens."""
+        ...
 
 
 def dense(

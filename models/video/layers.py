@@ -1,4 +1,4 @@
-"""Pieces that the video models share, in the arithmetic of diffusers: linears, norms, time features, rotary tables, patches."""
+"""Pieces that the video models share, in the arithmetic of diffusers: linears, norms, features, tables, patches."""
 
 import math
 from typing import Any

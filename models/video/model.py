@@ -29,10 +29,14 @@ class VideoConfig(Protocol):
         ...
 
     @property
-    def num_heads(self) -> int: ...
+    def num_heads(self) -> int:
+        """`N`."""
+        ...
 
     @property
-    def head_dim(self) -> int: ...
+    def head_dim(self) -> int:
+        """`H`."""
+        ...
 
     @property
     def in_channels(self) -> int:
@@ -63,6 +67,13 @@ class VideoModel(Protocol):
         attention: VideoAttention,
         state: Any = None,
     ) -> VideoOutput:
-        """Estimate the velocity at `latents`; `timestep` counts from 0 (clip) to 1000 (noise); `condition` is a named
-        tuple of the model's own, one branch of guidance."""
+        """Estimate the velocity at `latents`.
+
+        Args:
+            latents: noisy latents in the layout of diffusers.
+            timestep: from 0 (clip) to 1000 (noise).
+            condition: a named tuple of the model's own: one branch of guidance.
+            attention: called in every layer.
+            state: handed to the first call of `attention`.
+        """
         ...
