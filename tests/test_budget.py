@@ -46,7 +46,7 @@ def test_keeps_exactly_the_best_keys_with_ties_to_the_lower_key(case):
     budget = Budget(**CASES[case])
     scores = dyadic_scores()
     if budget.threshold is not None:
-        counts = (scores > budget.threshold).sum(-1)
+        counts = (scores > CASES[case]["threshold"]).sum(-1)
     elif budget.top_p is not None:
         counts = top_counts(scores, budget.top_p)
     else:
@@ -144,6 +144,15 @@ def test_is_hashable_by_value_and_static_under_jit():
         Budget().min_keys = 2  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_thresholds_of_heads_are_numbers_by_value():
+    budget = Budget(threshold=np.array([0.5, 0.25]))
+    assert budget == Budget(threshold=(0.5, 0.25))
+    assert hash(budget) == hash(Budget(threshold=[0.5, 0.25]))
+    np.testing.assert_array_equal(budget.thresholds(2), [0.5, 0.25])
+    np.testing.assert_array_equal(Budget(threshold=0.5).thresholds(3), np.full(3, 0.5))
+    assert Budget(top_k=2).thresholds(3) is None
+
+
 def test_with_default_fills_only_a_missing_rule():
     assert Budget(min_keys=4).with_default(threshold=0.5) == Budget(threshold=0.5, min_keys=4)
     assert Budget(top_k=4).with_default(threshold=0.5) == Budget(top_k=4)
@@ -161,7 +170,10 @@ WRONG = {
     "infinite threshold": ({"threshold": float("inf")}, "got threshold=inf"),
     "negative threshold": ({"threshold": -0.5}, "got threshold=-0.5"),
     "threshold as text": ({"threshold": "0.5"}, "number for `threshold`, got threshold='0.5'"),
-    "array of thresholds": ({"threshold": np.ones(2)}, "number known before tracing for `threshold`, got ndarray"),
+    "table of thresholds": ({"threshold": np.ones((2, 3))}, r"one per head for `threshold`, got shape=\(2, 3\)"),
+    "no thresholds": ({"threshold": ()}, r"one per head for `threshold`, got shape=\(0,\)"),
+    "a negative threshold of a head": ({"threshold": (0.1, -0.5)}, r"got threshold=\(0.1, -0.5\)"),
+    "NaN threshold of a head": ({"threshold": (0.1, float("nan"))}, "got threshold=nan"),
     "share of zero": ({"top_p": 0.0}, "0 < `top_p` <= 1, got top_p=0.0"),
     "share above one": ({"top_p": 1.5}, "got top_p=1.5"),
     "NaN share": ({"top_p": float("nan")}, "got top_p=nan"),
@@ -200,8 +212,9 @@ def test_refuses_a_traced_threshold():
         (Budget(top_k=11), "`top_k` <= num_keys=10, got top_k=11"),
         (Budget(keep=[10]), r"-10 \.\. 9, got 10 for num_keys=10"),
         (Budget(keep=[-11]), r"-10 \.\. 9, got -11 for num_keys=10"),
+        (Budget(threshold=[0.1] * 3), "or num_heads=2 of them, got 3"),
     ],
 )
 def test_refuses_more_than_there_are_keys(budget, message):
     with pytest.raises(ValueError, match=message):
-        budget.check_fits(10)
+        budget.check_fits(10, 2)

@@ -61,6 +61,19 @@ def test_mass_keeps_the_smallest_set(chunk_bytes, with_lse):
     assert (np.abs(kept.sum(-1) - top_counts(scores, 0.95)) <= 1).all()
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.9])
+@pytest.mark.parametrize("statistic", ["peak", "mass"])
+def test_every_head_has_its_own_threshold(statistic, floor):
+    query, key = make_inputs(SHAPE, gain=4.0)
+    thresholds = np.array([0.1, 0.5, 1.0, 4.0]) / 90
+    budget = Budget(threshold=thresholds, head_floor=floor)
+    kept = rows_of(ExactPredictor(16, statistic=statistic, budget=budget)(query, key))
+    for head, threshold in enumerate(thresholds):
+        alone = ExactPredictor(16, statistic=statistic, budget=Budget(threshold=threshold, head_floor=floor))
+        np.testing.assert_array_equal(kept[:, head], rows_of(alone(query, key))[:, head])
+    assert len({float(density) for density in kept.mean((0, 2, 3))}) == 4
+
+
 BUDGETS = {
     "count": ("peak", Budget(top_k=12)),
     "share with a minimum": ("mass", Budget(top_p=0.5, min_keys=20)),

@@ -61,6 +61,17 @@ def test_a_part_for_every_query_is_the_mean_of_their_probabilities():
     np.testing.assert_array_equal(kept, mass)
 
 
+def test_every_head_has_its_own_threshold():
+    query, key = make_inputs(SHAPE, gain=GAIN)
+    thresholds = (0.1 / 90, 0.5 / 90, 1.0 / 90, 0.0)
+    kept = rows_of(MeanQueryPredictor(16, budget=Budget(threshold=thresholds))(query, key))
+    for head, threshold in enumerate(thresholds):
+        alone = rows_of(MeanQueryPredictor(16, budget=Budget(threshold=threshold))(query, key))
+        np.testing.assert_array_equal(kept[:, head], alone[:, head])
+    with pytest.raises(ValueError, match="num_heads=4 of them, got 3"):
+        MeanQueryPredictor(16, budget=Budget(threshold=(0.1, 0.1, 0.1)))(query, key)
+
+
 def test_top_k_keeps_the_best_scores():
     query, key = make_inputs(SHAPE, gain=GAIN)
     scores = mean_scores(query, key, 16)

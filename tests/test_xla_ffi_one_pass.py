@@ -38,10 +38,11 @@ def test_attention_is_dense_and_the_mask_that_of_the_predictor(host_kernel, dtyp
     chex.assert_trees_all_equal(found[2:], (mask.bits, mask.counts()))
 
 
-def test_the_predictor_hands_its_call_to_the_kernel(host_kernel, monkeypatch):
+@pytest.mark.parametrize("threshold", [0.4, (0.4, 0.0, 0.2, 0.9)], ids=["one threshold", "one per head"])
+def test_the_predictor_hands_its_call_to_the_kernel(host_kernel, monkeypatch, threshold):
     monkeypatch.setattr(_hopper, "_runs_here", lambda *arguments: True)
     query, key, lse = arrays()
-    budget = Budget(threshold=0.4, keep=(-1, 2), min_keys=0)
+    budget = Budget(threshold=threshold, keep=(-1, 2), min_keys=0)
     run = _hopper.one_pass(query, key, budget, M, 0.125)
     assert run is not None
     _, _, bits = jax.jit(run)(query, key, values(), lse, None)

@@ -195,7 +195,7 @@ def make_predictor(name: str, setup: LayerSetup) -> tuple[AbstractPredictor, Rul
     rule = setup.rule or _DEFAULT_RULES[name]
     keep = range(-shape.text_tokens, 0) if shape.text_tokens else None
     budget = rule.budget(shape.num_tokens, keep)
-    budget.check_fits(shape.num_tokens)
+    budget.check_fits(shape.num_tokens, shape.num_heads)
     order = resolve_order(setup)
     if name == "mean-query":
         return MeanQueryPredictor(setup.query_block, order, budget=budget), rule

@@ -21,7 +21,7 @@ def exact_bits(query, key, lse, statistic: str, budget: Budget, query_block: int
     """
     if lse is None or not _runs_here(query, key, query_block):
         return None
-    if statistic == "mass" and key.shape[1] <= masks.MOST_RANKED_KEYS:
+    if statistic == "mass" and _can_rank(budget, key):
         make = _mass_bits
     elif statistic == "peak" and not ranks(budget):
         make = _peak_bits
@@ -35,7 +35,7 @@ def mean_bits(query, key, budget: Budget, query_block: int, num_means: int) -> C
     """The function `(query, key, query_order, scale) -> bits` of the kernel for mean queries; None if it has none."""
     if num_means not in (1, 2, 4, masks.MOST_MEANS) or not _runs_here(query, key, query_block):
         return None
-    if ranks(budget) and key.shape[1] > masks.MOST_RANKED_KEYS:
+    if ranks(budget) and not _can_rank(budget, key):
         return None
     always = _words_of(budget, key.shape[1])
     keep_best = budget.min_keys == 1 and not ranks(budget)
@@ -72,7 +72,9 @@ def _peak_bits(query, key, lse, query_order, scale, *, budget: Budget, query_blo
 
 def _log_threshold(budget: Budget, query):
     # Below the smallest number, exponentials are 0 on most devices, and 0 is not above a threshold of 0.
-    return jnp.full((query.shape[2],), np.log(max(budget.threshold or 0.0, _SMALLEST)), jnp.float32)
+    thresholds = budget.thresholds(query.shape[2])
+    assert thresholds is not None
+    return jnp.asarray(np.log(np.maximum(thresholds, _SMALLEST)), jnp.float32)
 
 
 def _mass_bits(query, key, lse, query_order, scale, *, budget: Budget, query_block: int):
@@ -88,6 +90,11 @@ def _rule(budget: Budget) -> masks.SelectRule:
 def ranks(budget: Budget) -> bool:
     """Whether a budget is more than a threshold, so that a key's score alone does not say whether it is kept."""
     return budget.threshold is None or budget.min_keys > 1 or budget.max_keys is not None or budget.head_floor > 0
+
+
+def _can_rank(budget: Budget, key) -> bool:
+    """Whether the kernels that rank keys take the budget: they know one threshold for all heads."""
+    return not isinstance(budget.threshold, tuple) and key.shape[1] <= masks.MOST_RANKED_KEYS
 
 
 def _runs_here(query, key, query_block: int) -> bool:

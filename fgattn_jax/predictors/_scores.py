@@ -64,6 +64,7 @@ def _bits_of_heads(query_block, statistic, budget, chunk_bytes, query, key, lse,
     num_chunks = -(-num_rows // rows_per_chunk)
     rows_per_chunk = -(-num_rows // num_chunks)  # chunks of nearly equal length: the last one is not all padding
     parts = _parts_of_row(query_block, num_keys, chunk_bytes)
+    thresholds = budget.thresholds(num_heads)
 
     def bits_of_head(head):
         b, n = head // num_heads, head % num_heads
@@ -83,10 +84,11 @@ def _bits_of_heads(query_block, statistic, budget, chunk_bytes, query, key, lse,
 
         chunks = jnp.arange(num_chunks)
         floor = None
+        threshold = None if thresholds is None else jnp.asarray(thresholds, jnp.float32)[n]
         if budget.head_floor > 0:
-            counts = jax.lax.map(lambda chunk: _select.rule_counts(scores(chunk), budget), chunks)
+            counts = jax.lax.map(lambda chunk: _select.rule_counts(scores(chunk), budget, threshold), chunks)
             floor = _head_floor(counts.reshape(-1)[:num_rows], row_queries, budget.head_floor)
-        words = jax.lax.map(lambda chunk: pack_rows(_select.select(scores(chunk), budget, floor)), chunks)
+        words = jax.lax.map(lambda chunk: pack_rows(_select.select(scores(chunk), budget, floor, threshold)), chunks)
         return words.reshape(num_chunks * rows_per_chunk, -1)[:num_rows]
 
     heads = jnp.arange(batch * num_heads)

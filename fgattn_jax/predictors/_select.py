@@ -16,37 +16,49 @@ _SIGN = np.int32(0x7FFFFFFF)
 _LARGEST = np.int32(0x7FFFFFFE)  # one below the largest int32: the upper end of a bracket is one more
 
 
-def select(scores: Float32[Array, "R S"], budget: Budget, floor: Int32[Array, ""] | None = None) -> Bool[Array, "R S"]:
+def select(
+    scores: Float32[Array, "R S"],
+    budget: Budget,
+    floor: Int32[Array, ""] | None = None,
+    threshold: Float32[Array, ""] | None = None,
+) -> Bool[Array, "R S"]:
     """The keys that every row keeps.
 
     Args:
         scores: Non-negative; NaN ranks first.
         budget: The rule, resolved (`has_rule`).
         floor: The least number of keys of these rows, on top of `budget.min_keys` (the per-head floor).
+        threshold: That of these rows' head; None is `budget.threshold`, one number.
 
     Returns:
         True where a key is kept.
     """
     if budget.threshold is not None and budget.min_keys <= 1 and budget.max_keys is None and floor is None:
-        kept = above_threshold(scores, budget)
+        kept = _above(scores, _threshold(budget, threshold))
         if budget.min_keys == 1:
             kept = kept | _first_best(scores, kept)
     else:
         patterns = _patterns(scores)
-        counts, lower = _rule_counts(scores, patterns, budget)
+        counts, lower = _rule_counts(scores, patterns, budget, threshold)
         kept = _best(patterns, _final_counts(counts, budget, scores.shape[-1], floor), lower)
     return _with_kept_keys(kept, budget)
 
 
-def rule_counts(scores: Float32[Array, "R S"], budget: Budget) -> Int32[Array, " R"]:
-    """`max(rule, min_keys)` of every row: what the per-head floor is the mean of."""
-    counts, _ = _rule_counts(scores, _patterns(scores), budget)
+def rule_counts(
+    scores: Float32[Array, "R S"], budget: Budget, threshold: Float32[Array, ""] | None = None
+) -> Int32[Array, " R"]:
+    """`max(rule, min_keys)` of every row: what the per-head floor is the mean of. Arguments as `select`."""
+    counts, _ = _rule_counts(scores, _patterns(scores), budget, threshold)
     return jnp.maximum(counts, budget.min_keys)
 
 
-def above_threshold(scores: Float32[Array, "R S"], budget: Budget) -> Bool[Array, "R S"]:
+def _threshold(budget: Budget, threshold) -> Float32[Array, ""]:
+    return jnp.asarray(budget.threshold if threshold is None else threshold, jnp.float32)
+
+
+def _above(scores: Float32[Array, "R S"], threshold: Float32[Array, ""]) -> Bool[Array, "R S"]:
     """True where a score is greater than the threshold, or NaN."""
-    return ~(scores <= jnp.float32(budget.threshold))
+    return ~(scores <= threshold)
 
 
 def _final_counts(counts, budget, num_keys, floor):
@@ -79,15 +91,16 @@ def _patterns(scores) -> Int32[Array, "R S"]:
     return jnp.minimum(bits, _LARGEST)
 
 
-def _rule_counts(scores, patterns, budget):
+def _rule_counts(scores, patterns, budget, threshold):
     """Keys per row by the rule alone, and a pattern that at least that many keys of the row reach."""
     lowest = jnp.zeros(scores.shape[:1], jnp.int32)
     if budget.top_k is not None:
         return jnp.full_like(lowest, budget.top_k), lowest
     if budget.threshold is not None:
-        counts = jnp.sum(above_threshold(scores, budget), axis=-1, dtype=jnp.int32)
+        threshold = _threshold(budget, threshold)
+        counts = jnp.sum(_above(scores, threshold), axis=-1, dtype=jnp.int32)
         # Every pattern above the threshold's is reached by exactly these keys.
-        return counts, jnp.full_like(lowest, np.float32(budget.threshold).view(np.int32) + 1)
+        return counts, jnp.full_like(lowest, jax.lax.bitcast_convert_type(threshold, jnp.int32) + 1)
     return _share_counts(scores, patterns, budget.top_p)
 
 

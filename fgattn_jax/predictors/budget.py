@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,7 +29,10 @@ class Budget:
 
     Attributes:
         threshold: Keep keys whose score is greater than this. Scores are probabilities (`"peak"`, mean query) or
-            sums of up to `M` of them (`"mass"`). The paper writes it as `c / S`.
+            sums of up to `M` of them (`"mass"`). The paper writes it as `c / S`. One number, or one per query head:
+            `N` numbers, any sequence or array known before tracing, stored as a tuple. A budget with one per head
+            that ranks keys as well (`min_keys` above 1, `max_keys`, `head_floor`) or selects by mass has no kernel
+            of its own: such masks are made in XLA operations on every device.
         top_p: Keep the smallest set of keys that holds this share of the row's score, `0 < top_p <= 1`.
         top_k: Keep this many keys.
         min_keys: At least this many keys per row. 0 allows empty rows.
@@ -50,7 +53,7 @@ class Budget:
         SCOPE (arXiv 2608.12780), per-head floor.
     """
 
-    threshold: float | None = None
+    threshold: float | Iterable[float] | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_keys: int = 1
@@ -64,8 +67,8 @@ class Budget:
             values = ", ".join(f"{name}={getattr(self, name)}" for name in given)
             raise ValueError(f"expected at most one of `threshold`, `top_p`, `top_k`, got {values}: drop all but one")
         if self.threshold is not None:
-            threshold = _real("threshold", self.threshold)
-            if not 0.0 <= threshold < math.inf:
+            threshold = _thresholds(self.threshold)
+            if not all(0.0 <= each < math.inf for each in np.atleast_1d(threshold)):
                 raise ValueError(
                     f"expected a finite `threshold` >= 0, got threshold={threshold}: scores are probabilities, "
                     "give for instance 0.5 / num_keys"
@@ -124,8 +127,23 @@ class Budget:
                 )
         return tuple(sorted({index % num_keys for index in keep}))
 
-    def check_fits(self, num_keys: int) -> None:
-        """Refuse a budget that asks for more keys than there are.
+    def thresholds(self, num_heads: int) -> np.ndarray | None:
+        """The threshold of every head, float64 `[N]`; None if the rule is another one.
+
+        Raises:
+            ValueError: There is one threshold per head, and not for `num_heads` of them.
+        """
+        if self.threshold is None:
+            return None
+        given = np.asarray(self.threshold, np.float64)
+        if given.ndim and given.size != num_heads:
+            raise ValueError(
+                f"expected one `threshold` or num_heads={num_heads} of them, got {given.size}: give one per query head"
+            )
+        return np.broadcast_to(given, (num_heads,))
+
+    def check_fits(self, num_keys: int, num_heads: int) -> None:
+        """Refuse a budget that asks for more keys than there are, or has thresholds for other heads.
 
         Raises:
             ValueError: `min_keys` or `top_k` is greater than `num_keys`, or `keep` names a key that does not exist.
@@ -135,6 +153,18 @@ class Budget:
             if value is not None and value > num_keys:
                 raise ValueError(f"expected `{name}` <= num_keys={num_keys}, got {name}={value}: lower `{name}`")
         self.kept_keys(num_keys)
+        self.thresholds(num_heads)
+
+
+def _thresholds(given: Any) -> float | tuple[float, ...]:
+    """One number, or a tuple of them, as Python floats."""
+    if np.ndim(given) == 0:
+        return _real("threshold", given)
+    if np.ndim(given) != 1 or not len(given):
+        raise ValueError(
+            f"expected one number or one per head for `threshold`, got shape={np.shape(given)}: give `N` numbers"
+        )
+    return tuple(_real("threshold", each) for each in given)
 
 
 def _real(name: str, value: float) -> float:

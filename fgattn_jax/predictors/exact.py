@@ -112,7 +112,7 @@ class ExactPredictor(AbstractPredictor):
             budget = self.budget.with_default(threshold=PEAK_THRESHOLD / num_keys)
         else:
             budget = self.budget.with_default(top_p=MASS_SHARE)
-        budget.check_fits(num_keys)
+        budget.check_fits(num_keys, num_heads)
         order = _inputs.order_operand(self.query_order, batch, num_queries, num_heads)
         bits = predict_bits(
             query,

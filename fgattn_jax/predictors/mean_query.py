@@ -117,7 +117,7 @@ class MeanQueryPredictor(AbstractPredictor):
         batch, num_queries, num_heads, width = query.shape
         num_keys = key.shape[1]
         budget = self.budget.with_default(threshold=MEAN_THRESHOLD / num_keys)
-        budget.check_fits(num_keys)
+        budget.check_fits(num_keys, num_heads)
         order = _inputs.order_operand(self.query_order, batch, num_queries, num_heads)
 
         def plain(query, key, order, scale):

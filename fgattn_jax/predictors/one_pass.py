@@ -118,7 +118,7 @@ def _refresh(query, key, value, lse, *, predictor: ExactPredictor, scale: float)
     batch, num_queries, num_heads, _ = query.shape
     num_keys = key.shape[1]
     budget = predictor.budget.with_default(threshold=PEAK_THRESHOLD / num_keys)
-    budget.check_fits(num_keys)
+    budget.check_fits(num_keys, num_heads)
     order = _inputs.order_operand(predictor.query_order, batch, num_queries, num_heads)
     lse = jax.lax.stop_gradient(lse)
 
