@@ -1,0 +1,207 @@
+"""Video models over several devices: heads or tokens divided, weights kept in parts."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fgattn_jax.models.video.attention import Attended, TextTail, VideoAttention
+
+AXIS = "devices"
+"""Name of the one axis of the meshes made here."""
+
+Divide = Literal["heads", "tokens"]
+
+# Parameters whose rows (axis -2) follow the heads or the hidden channels that a device has; see `_by_heads`.
+_COLUMNS = ("q", "k", "v", "up", "mlp")
+_ROWS = ("out", "down")
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """A mesh of one axis over the first `num_devices` devices of all processes; None takes all.
+
+    Raises:
+        ValueError: There are fewer devices.
+    """
+    devices = jax.devices()
+    if num_devices is None:
+        num_devices = len(devices)
+    if not 1 <= num_devices <= len(devices):
+        raise ValueError(f"expected 1 to {len(devices)} devices, got num_devices={num_devices}: JAX finds no more here")
+    return Mesh(np.asarray(devices[:num_devices]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSharding:
+    """How one clip is made by several devices.
+
+    With `divide="tokens"` (Ulysses) every device has a part of the tokens, all of the time but in attention: there an
+    all-to-all gives it all tokens of some heads, and another one takes them back. With `divide="heads"` every device
+    has all tokens and a part of the heads and of the hidden channels, and sums are taken over devices after each of
+    attention and feed-forward. In both, a device makes, keeps and uses the masks of its own heads only.
+
+    Attributes:
+        mesh: of one axis; `make_mesh` makes one.
+        divide: "tokens" or "heads". Tokens need less communication at video lengths.
+        split_weights: keep every parameter in parts, one a device, and gather those of a layer when it runs (as FSDP
+            does). For `divide="tokens"`, whose weights would otherwise stand whole on every device; with "heads" the
+            large ones are in parts already.
+
+    Raises:
+        ValueError: The mesh has more than one axis, or `divide` is another word.
+
+    References:
+        DeepSpeed-Ulysses (arXiv 2309.14509); Megatron-LM (arXiv 1909.08053); PyTorch FSDP (arXiv 2304.11277).
+    """
+
+    mesh: Mesh
+    divide: Divide = "tokens"
+    split_weights: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.mesh, Mesh) or len(self.mesh.axis_names) != 1:
+            names = getattr(self.mesh, "axis_names", type(self.mesh).__name__)
+            raise ValueError(f"expected a mesh of one axis, got {names}: `make_mesh()` makes one")
+        if self.divide not in ("heads", "tokens"):
+            raise ValueError(f"expected 'heads' or 'tokens' for `divide`, got divide={self.divide!r}")
+
+    @property
+    def axis(self) -> str:
+        """Name of the mesh axis."""
+        return self.mesh.axis_names[0]
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return self.mesh.size
+
+    def check_heads(self, num_heads: int) -> None:
+        """Refuse heads that cannot be divided.
+
+        Raises:
+            ValueError: `num_heads` is no multiple of the number of devices.
+        """
+        if num_heads % self.num_devices:
+            fitting = [n for n in range(1, self.num_devices + 1) if num_heads % n == 0]
+            raise ValueError(
+                f"expected a number of devices that divides num_heads={num_heads}, got {self.num_devices}: take "
+                f"{fitting[-1]} of them, `make_mesh({fitting[-1]})`"
+            )
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where a parameter of a video model lies.
+
+        Args:
+            name: dotted, as `blocks.attn1.q.kernel`.
+            shape: with its leading layer axis, if it is stacked.
+        """
+        if self.divide == "heads":
+            spec = _by_heads(name, shape, self.num_devices, self.axis)
+        elif self.split_weights:
+            spec = _largest_axis(name, shape, self.num_devices, self.axis)
+        else:
+            spec = P()
+        return NamedSharding(self.mesh, spec)
+
+    def gather(self, parameters: Any) -> Any:
+        """The parameters of one layer, whole on every device where `split_weights` keeps parts of them."""
+        if self.divide != "tokens" or not self.split_weights:
+            return parameters
+        whole = NamedSharding(self.mesh, P())
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, whole), parameters)
+
+    def replicate(self, tree: Any) -> Any:
+        """The arrays of `tree` on every device of the mesh."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+
+    def state_specs(self, state: Any) -> Any:
+        """Which axis of every array of an attention's state belongs to heads: the fourth of those with six.
+
+        Masks of all layers and branches are `[C, L, B, N, R, W]`; numbers about them are on every device.
+        """
+        return jax.tree.map(lambda leaf: P(None, None, None, self.axis) if leaf.ndim == 6 else P(), state)
+
+    def state_shardings(self, state: Any) -> Any:
+        """`state_specs` as shardings, for the state before the first step."""
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec), self.state_specs(state), is_leaf=lambda x: isinstance(x, P)
+        )
+
+    def attention(self, attention: VideoAttention) -> VideoAttention:
+        """The same attention, each device for its own heads.
+
+        Raises:
+            ValueError: When a model is traced: the devices do not divide its heads.
+
+        Note:
+            Numbers in the state (densities) become means over devices.
+        """
+
+        def attend(query, key, value, state, *, layer, text) -> Attended:
+            self.check_heads(query.shape[2])
+            num_tokens = query.shape[1]
+            spec = P(None, self.axis) if self.divide == "tokens" else P(None, None, self.axis)
+            if self.divide == "tokens":
+                query, key, value = (_pad_tokens(x, self.num_devices) for x in (query, key, value))
+            lengths = None if text is None else text.lengths
+
+            def local(query, key, value, state, layer, lengths):
+                if self.divide == "tokens":
+                    query, key, value = (self._to_heads(x, num_tokens) for x in (query, key, value))
+                tail = None if text is None else TextTail(text.num_tokens, lengths)
+                output, state = attention(query, key, value, state, layer=layer, text=tail)
+                state = jax.tree.map(lambda leaf: leaf if leaf.ndim == 6 else jax.lax.pmean(leaf, self.axis), state)
+                if self.divide == "tokens":
+                    output = self._to_tokens(output)
+                return output, state
+
+            states = self.state_specs(state)
+            output, state = jax.shard_map(
+                local,
+                mesh=self.mesh,
+                in_specs=(spec, spec, spec, states, P(), P()),
+                out_specs=(spec, states),
+                check_vma=False,
+            )(query, key, value, state, layer, lengths)
+            return Attended(output[:, :num_tokens], state)
+
+        return attend
+
+    def _to_heads(self, x: jax.Array, num_tokens: int) -> jax.Array:
+        """From `[B, T / devices, N, H]` to `[B, T, N / devices, H]`."""
+        x = jax.lax.all_to_all(x, self.axis, split_axis=2, concat_axis=1, tiled=True)
+        return x[:, :num_tokens]
+
+    def _to_tokens(self, x: jax.Array) -> jax.Array:
+        """The inverse of `_to_heads`."""
+        return jax.lax.all_to_all(_pad_tokens(x, self.num_devices), self.axis, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _pad_tokens(x: jax.Array, multiple: int) -> jax.Array:
+    missing = -x.shape[1] % multiple
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+
+def _by_heads(name: str, shape: tuple[int, ...], num_devices: int, axis: str) -> P:
+    """Columns of what makes queries, keys, values and hidden channels; rows of what takes them back."""
+    *_, layer, leaf = ("", *name.split("."))
+    if layer in _COLUMNS and shape[-1] % num_devices == 0:
+        return P(*[None] * (len(shape) - 1), axis)
+    if layer in _ROWS and leaf == "kernel" and shape[-2] % num_devices == 0:
+        return P(*[None] * (len(shape) - 2), axis, None)
+    return P()
+
+
+def _largest_axis(name: str, shape: tuple[int, ...], num_devices: int, axis: str) -> P:
+    """The longest axis that divides, but not that of layers: a layer is gathered when it runs."""
+    first = 1 if len(shape) > 2 or (len(shape) == 2 and not name.endswith("kernel")) else 0
+    places = [i for i in range(first, len(shape)) if shape[i] % num_devices == 0]
+    if not places or math.prod(shape) < 2**16:
+        return P()
+    longest = max(places, key=lambda i: shape[i])
+    return P(*[axis if i == longest else None for i in range(len(shape))])
