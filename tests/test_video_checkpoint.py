@@ -163,14 +163,14 @@ from test_video_checkpoint import NAMES, template
 from fgattn_jax.models.video.checkpoint import load_stacked
 mesh = Mesh(jax.devices(), ("fsdp",))
 whole = load_stacked({str(tmp_path)!r}, NAMES, template())
-spec = lambda name: NamedSharding(mesh, P("fsdp") if name == "patch.kernel" else P())
+spec = lambda name, shape: NamedSharding(mesh, P("fsdp") if name == "patch.kernel" else P())
 tree = jax.tree_util.tree_map(lambda _: NamedSharding(mesh, P()), template())
-tree["patch"]["kernel"] = spec("patch.kernel")
+tree["patch"]["kernel"] = spec("patch.kernel", (16, 5))
 for given in (spec, tree):
     params = load_stacked({str(tmp_path)!r}, NAMES, template(), sharding=given)
     jax.tree.map(np.testing.assert_array_equal, params, whole)
     kernel = params["patch"]["kernel"]
-    assert kernel.sharding == spec("patch.kernel"), kernel.sharding
+    assert kernel.sharding == spec("patch.kernel", kernel.shape), kernel.sharding
     assert {{s.data.shape for s in kernel.addressable_shards}} == {{(2, 5)}}
 one = load_stacked({str(tmp_path)!r}, NAMES, template(), sharding=NamedSharding(mesh, P()))
 assert one["patch"]["bias"].sharding.is_fully_replicated and len(one["patch"]["bias"].devices()) == 4

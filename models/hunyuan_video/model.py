@@ -65,7 +65,7 @@ class HunyuanVideoTransformer(nnx.Module):
 
     def __init__(self, config: HunyuanVideoConfig, *, dtype: Any = jnp.bfloat16, rngs: nnx.Rngs):
         dtype = jnp.dtype(dtype)
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.parallel = config, dtype, None
         self.x_embedder = Linear(config.patch_values, config.width, dtype=dtype, rngs=rngs)
         self.cond = Conditioning(config, dtype=dtype, rngs=rngs)
         self.refiner = TokenRefiner(config, dtype=dtype, rngs=rngs)
@@ -135,15 +135,17 @@ class HunyuanVideoTransformer(nnx.Module):
         dual_graph, dual = nnx.split(self.dual)
         single_graph, single = nnx.split(self.single)
 
+        gather = (lambda params: params) if self.parallel is None else self.parallel.gather
+
         def run_dual(carry: Any, xs: Any) -> tuple[Any, None]:
             video, text, state = carry
             params, layer = xs
-            return nnx.merge(dual_graph, params)(video, text, vector, rope, attend(layer, state)), None
+            return nnx.merge(dual_graph, gather(params))(video, text, vector, rope, attend(layer, state)), None
 
         def run_single(carry: Any, xs: Any) -> tuple[Any, None]:
             tokens, state = carry
             params, layer = xs
-            return nnx.merge(single_graph, params)(tokens, vector, joint_rope, attend(layer, state)), None
+            return nnx.merge(single_graph, gather(params))(tokens, vector, joint_rope, attend(layer, state)), None
 
         layers = jnp.arange(config.num_attentions, dtype=jnp.int32)
         (video, text, state), _ = jax.lax.scan(run_dual, (video, text, state), (dual, layers[: config.num_dual_layers]))

@@ -28,7 +28,7 @@ def load(
         directory: the pipeline's directory, or the folder of the transformer itself.
         dtype: of all parameters: bfloat16, as diffusers runs it, or float32.
         sharding: where the parameters go: None (the default device), a sharding for all, a function of a parameter's
-            name such as "dual.attn.q.kernel", or a pytree of shardings.
+            name and shape such as "dual.attn.q.kernel", or a pytree of shardings.
         progress: called after every parameter with its name, its bytes and the bytes of all.
 
     Raises:

@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 """Called after every leaf with its name, its bytes and the bytes of all leaves: `bar.total = total; bar.update(n)`."""
 Placement = Any
-"""None (the default device), a sharding for all, a function of the leaf's name, or a pytree like the template."""
+"""None (the default device), a sharding for all, a function of name and shape, or a pytree like the template."""
 
 _DTYPES = ("F64", "F32", "F16", "BF16")  # the names of safetensors
 _ROWS = 64  # of a tile: a plain transpose of a 5120 x 13824 matrix took three times as long
@@ -137,12 +137,13 @@ def placement(sharding: Placement, template: Any) -> Callable[[str], jax.shardin
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         return lambda name: sharding
     if callable(sharding):
-        return cast(Callable[[str], jax.sharding.Sharding | None], sharding)
+        leaves = named_leaves(template)
+        return lambda name: sharding(name, tuple(leaves[name].shape))
     shardings, wanted = named_leaves(sharding), named_leaves(template)
     if shardings.keys() != wanted.keys():
         missing, extra = sorted(wanted.keys() - shardings.keys()), sorted(shardings.keys() - wanted.keys())
         raise ValueError(
-            f"expected `sharding` to be a sharding, a function of a name, or a pytree like the parameters, got "
+            f"expected `sharding` to be a sharding, a function of name and shape, or a pytree like the parameters, got "
             f"{_some(missing)} missing and {_some(extra)} unknown"
         )
     return shardings.__getitem__

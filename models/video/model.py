@@ -57,6 +57,8 @@ class VideoModel(Protocol):
 
     config: Any
     dtype: Any
+    parallel: Any
+    """A `VideoSharding` that the caller sets, or None."""
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int
 from fgattn_jax.models.video.attention import dense, plain
 from fgattn_jax.models.video.pipeline_casts import pipeline_condition, pipeline_timestep
 from fgattn_jax.models.video.schedulers import FlowEuler, Scheduler, UniPC, round_to
+from fgattn_jax.models.video.sharding import VideoSharding
 from fgattn_jax.models.video.slice_masks import Call, SliceMasks, VideoMaskState, probe
 from fgattn_jax.predictors.refresh import StepKind
 
@@ -52,6 +53,7 @@ def sample(
     guidance: float = 1.0,
     attention: Literal["dense"] | SliceMasks | Callable[..., Array] | None = None,
     match_diffusers_bf16: bool = False,
+    sharding: VideoSharding | None = None,
     progress: Progress | None = None,
 ) -> VideoSample:
     """Denoise from noise to latents: dense, with slice masks, or with any attention.
@@ -75,6 +77,8 @@ def sample(
             give the same function again to avoid a second compilation.
         match_diffusers_bf16: round to bfloat16 wherever diffusers' pipeline does, for a bfloat16 model; else all that
             is outside the model is float32.
+        sharding: makes one clip on several devices; None runs where the weights are. Weights, masks and latents are
+            placed as it says; `load(..., sharding=sharding.parameter)` places weights from the start.
         progress: called after every step as `progress(step, kind, density, seconds)` with the mean density over layers.
             The steps then run one at a time, so that seconds are those of the step; the first include compilation where
             it is the first call. Ctrl-C or an exception of `progress` ends the run between two steps.
@@ -112,6 +116,8 @@ def sample(
         stacked = pipeline_condition(stacked)
 
     attention = _check_attention(attention)
+    if sharding is not None:
+        sharding.check(model.config.num_heads, attention)
     num_layers = model.config.num_attentions
     schedule: tuple[StepKind, ...] = ("dense",) * steps
     kinds: tuple[StepKind, ...] = ("dense",)
@@ -119,7 +125,7 @@ def sample(
         kinds = attention.kinds(steps, num_layers, num_branches)
         schedule = attention.refresh.schedule(steps) if kinds != ("dense",) else schedule
     graph, state = nnx.split(model)
-    program = _Program(graph, scheduler, attention, kinds, num_layers, match_diffusers_bf16)
+    program = _Program(graph, scheduler, attention, kinds, num_layers, match_diffusers_bf16, sharding)
     masks = None
     if isinstance(attention, SliceMasks):
         first = jax.tree.map(lambda leaf: leaf[0], stacked)
@@ -130,6 +136,9 @@ def sample(
     numbers = np.asarray([kinds.index(kind) for kind in schedule], np.int32)
     rows = _Rows(np.arange(steps, dtype=np.int32), numbers, table)
     carry = (scheduler.start(latents), masks)
+    if sharding is not None:
+        state, stacked = sharding.place_parameters(state), sharding.replicate(stacked)
+        carry = (sharding.replicate(carry[0]), sharding.place_state(masks))
     run = functools.partial(_run, program, state, stacked, jnp.float32(guidance))
     if progress is None:
         (scheduled, masks), density = run(carry, rows)
@@ -163,12 +172,20 @@ class _Program:
     kinds: tuple[StepKind, ...]
     num_layers: int
     rounded: bool
+    sharding: VideoSharding | None
 
     def attend(self, kind: Array, branch: Array) -> Any:
         """The attention of one forward."""
         if isinstance(self.attention, SliceMasks):
-            return self.attention.attention(kind, branch, kinds=self.kinds, num_layers=self.num_layers)
-        return dense if self.attention is None else plain(self.attention)
+            sizes = {"kinds": self.kinds, "num_layers": self.num_layers}
+            if self.sharding is None:
+                return self.attention.attention(kind, branch, **sizes)
+            # What is traced outside of a `shard_map` goes in as an argument.
+            return self.sharding.attention(
+                lambda numbers: self.attention.attention(*numbers, **sizes), (jnp.asarray(kind), branch)
+            )
+        attend = dense if self.attention is None else plain(self.attention)
+        return attend if self.sharding is None else self.sharding.attention(lambda _: attend, ())
 
     def step(self, state, conditions, guidance, carry, row: _Rows):
         """One denoising step: the carry after it, and the density of every layer."""
@@ -181,8 +198,11 @@ class _Program:
 
         # A loop over a traced number, so that masks of all branches stay in one buffer and the model is traced once.
         def branch(masks, number):
-            condition = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), conditions)
+            condition = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), conditions
+            )
             model = nnx.merge(self.graph, state)
+            model.parallel = self.sharding
             output = model(latents, timestep, condition, attention=self.attend(row.kind, number), state=masks)
             return output.state, output.velocity
 

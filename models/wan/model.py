@@ -5,6 +5,7 @@ affine norm have float32 parameters; norms, modulations and gated sums run in fl
 dtype. In float32 nothing is cast.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +105,7 @@ class Block(nnx.Module):
         attention: VideoAttention,
         state: Any,
         layer: Int[Array, ""],
+        cross_attention: Callable[..., Array],
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Run the block.
 
@@ -115,6 +117,7 @@ class Block(nnx.Module):
             attention: the self-attention.
             state: handed to it.
             layer: number of this block.
+            cross_attention: dense attention of video queries to text.
 
         Returns:
             The new residual stream, and the state that the attention gave back.
@@ -135,7 +138,7 @@ class Block(nnx.Module):
         x = (x.astype(jnp.float32) + gated).astype(self.dtype)
 
         y = self.norm2.layer(x, eps).astype(self.dtype)
-        x = x + self.attn2.merge(dense_attention(*self.attn2.project(y, text)))
+        x = x + self.attn2.merge(cross_attention(*self.attn2.project(y, text)))
 
         y = (layers.layer_norm(x, eps) * (1 + scale2) + shift2).astype(self.dtype)
         gated = gate2 * self.ffn(y).astype(jnp.float32)
@@ -158,7 +161,7 @@ class WanTransformer(nnx.Module):
         dtype = jnp.dtype(dtype)
         if dtype not in (jnp.bfloat16, jnp.float32):
             raise ValueError(f"expected bfloat16 or float32 for `dtype`, got dtype={dtype}")
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.parallel = config, dtype, None
         width = config.width
         self.patch_embedding = Linear(config.patch_dim, width, dtype=dtype, rngs=rngs)
         self.time_embedder = Mlp(config.time_features, width, activation=layers.silu, dtype=jnp.float32, rngs=rngs)
@@ -205,11 +208,13 @@ class WanTransformer(nnx.Module):
         text = self.text_embedder(condition.text)  # [B, L, D]
         rope = layers.rotary_tables(grid, self.config.rope_dims, ROPE_THETA, np.float64)
         graph, stacked = nnx.split(self.blocks)
+        cross = dense_attention if self.parallel is None else self.parallel.by_tokens(dense_attention)
 
         def run_block(carry, scanned):
             params, layer = scanned
-            block = nnx.merge(graph, params)
-            return block(carry[0], modulation, text, rope, attention=attention, state=carry[1], layer=layer), None
+            block = nnx.merge(graph, params if self.parallel is None else self.parallel.gather(params))
+            own = {"attention": attention, "state": carry[1], "layer": layer, "cross_attention": cross}
+            return block(carry[0], modulation, text, rope, **own), None
 
         numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (tokens, state), _ = jax.lax.scan(run_block, (tokens, state), (stacked, numbers))
