@@ -120,9 +120,9 @@ def load_stacked(
         for name, leaf in leaves.items():
             host = _read_leaf(files, names[name], leaf)
             placed[name] = _put(host, place(name))
-            # JAX lets go of what it has sent at its next garbage collection only.
+            # JAX lets go of what it has sent at a garbage collection only, of whichever generation.
             del host
-            gc.collect()
+            gc.collect(0)
             if progress is not None:
                 progress(name, _num_bytes(leaf), total)
     return jax.tree_util.tree_map_with_path(lambda path, _: placed[leaf_name(path)], template)
