@@ -8,7 +8,7 @@ from flax import nnx
 
 from fgattn_jax.attention import attention_with_lse
 from fgattn_jax.masks import SliceMask
-from fgattn_jax.models import hunyuan_video
+from fgattn_jax.models._leaves import leaf_name
 from fgattn_jax.models.hunyuan_video import HunyuanVideoCondition, text_lengths
 from fgattn_jax.models.video.attention import Attended, dense, plain, valid_keys
 
@@ -37,7 +37,7 @@ def test_every_input_counts():
         "valid text": (latents, timestep, condition._replace(text=condition.text.at[:, 0].add(1))),
         "lengths": (latents, timestep, condition._replace(lengths=condition.lengths + jnp.array([1, -1]))),
         "pooled": (latents, timestep, condition._replace(pooled=condition.pooled + 1)),
-        "guidance": (latents, timestep, condition._replace(guidance=condition.guidance + 0.001)),
+        "guidance": (latents, timestep, condition._replace(guidance=jnp.array([6.001, 3.001]))),
     }
     for name, arguments in changed.items():
         apart = jnp.abs(run(*arguments).velocity - velocity).max(axis=(1, 2, 3, 4))
@@ -129,18 +129,18 @@ def test_attention_is_called_in_the_order_of_layers_with_the_state_of_the_call_b
     assert set(seen) == {((2, NUM_TOKENS, 2, 8),) * 3 + (NUM_TEXT,)}
 
 
-def test_queries_and_keys_are_normalised_and_text_is_not_rotated():
-    """With norms of 1, RoPE keeps lengths; all heads of all queries and keys have a mean square of 1."""
-    graph, params = nnx.split(hunyuan_video.random(TINY, jnp.float32))
-    model = nnx.merge(graph, params)
+def test_queries_and_keys_have_unit_size_where_their_norms_have_no_gain():
+    graph, params = nnx.split(hunyuan_cases.make_model())
+
+    def without_gain(path, leaf):
+        return jnp.ones_like(leaf) if {"norm_q", "norm_k"} & set(leaf_name(path).split(".")) else leaf
 
     def check(query, key, value, state, *, layer, text):
-        squares = [jnp.mean(x.astype(jnp.float32) ** 2, axis=-1) for x in (query, key)]
-        state = jnp.maximum(state, jnp.max(jnp.abs(jnp.stack(squares) - 1)))
-        return dense(query, key, value, state, layer=layer, text=text)
+        sizes = jnp.mean(jnp.stack([query, key]) ** 2, axis=-1)
+        return dense(query, key, value, jnp.maximum(state, jnp.abs(sizes - 1).max()), layer=layer, text=text)
 
-    worst = hunyuan_cases.compiled(model, check)(*hunyuan_cases.make_inputs(), jnp.float32(0)).state
-    assert float(worst) < 1e-4
+    model = nnx.merge(graph, jax.tree_util.tree_map_with_path(without_gain, params))
+    assert float(hunyuan_cases.compiled(model, check)(*hunyuan_cases.make_inputs(), jnp.float32(0)).state) < 1e-3
 
 
 def test_one_trace_per_shape():
@@ -196,7 +196,7 @@ def test_attention_that_cannot_leave_padding_out_is_refused():
     def every_key(query, key, value):
         return value
 
-    with pytest.raises(ValueError, match="takes `key_value_seq_lengths`.*got every_key: this model attends to padded"):
+    with pytest.raises(ValueError, match=r"takes `key_value_seq_lengths`.*got every_key: this model attends to padded"):
         hunyuan_cases.make_model()(*hunyuan_cases.make_inputs(), attention=plain(every_key))
 
 
@@ -219,7 +219,9 @@ def test_text_lengths_count_valid_text():
 
 
 def test_text_lengths_refuse_padding_in_front():
-    with pytest.raises(ValueError, match="valid text to stand first in the mask, got padding before it in batch entry 1"):
+    with pytest.raises(
+        ValueError, match="valid text to stand first in the mask, got padding before it in batch entry 1"
+    ):
         text_lengths(np.array([[1, 1, 0], [0, 1, 1]]))
     with pytest.raises(ValueError, match=r"a text mask \[B, S\], got shape=\(3,\)"):
         text_lengths(np.array([1, 1, 0]))
