@@ -1,0 +1,189 @@
+"""Times denoising steps of published video models with random weights: `python -m benchmarks.video`.
+
+Random weights attend nearly uniformly, so masks keep a given share of the keys of every row (top-k): the work of a mask
+of that density is real, its quality is not looked at. Steps of each kind are timed; a video is their sum over 50 steps
+with new masks every 15 (the paper's setting), mean queries make masks at every step. Text encoder and VAE are left out.
+
+Each attention runs in a process of its own. With `--layers N`, where time is short, models of N and of 2 N layers are
+timed, and all layers are extrapolated; the row says so.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.video.worker import ATTENTIONS, StepTimes, measure
+from fgattn_jax.cli._generate_families import RANDOM_MODELS, random_config
+from fgattn_jax.evaluation import tables
+
+ROWS = Path("benchmarks/results/video.json")
+STEPS, REFRESH_EVERY = 50, 15
+_MARK = "video-row "
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns 0, or 1 if a process failed."""
+    args = _parser().parse_args(argv)
+    if args.worker:
+        shape, attention = args.worker
+        found = measure(
+            shape, attention, density=args.density[0], layers=args.layers, repeats=args.repeats, on_host=args.on_host
+        )
+        print(_MARK + json.dumps(dataclasses.asdict(found)))
+        return 0
+    start, failed, rows = time.perf_counter(), [], []
+    source = dict(tables.provenance("python -m benchmarks.video " + " ".join(argv or sys.argv[1:])))
+    for shape in args.shapes:
+        found: dict[tuple[str, float], tuple[StepTimes, tuple[int, ...]]] = {}
+        asked = [("dense", 1.0), ("none", 1.0)]
+        asked += [(name, density) for density in args.density for name in ("cached", "mean-query")]
+        for name, density in asked:
+            if time.perf_counter() - start > args.budget_s:
+                failed.append(f"{shape} {name} {density:g}: no time left")
+                continue
+            result = _all_layers(args, shape, name, density)
+            if result is None:
+                failed.append(f"{shape} {name} {density:g}: its process failed")
+                continue
+            found[name, density] = result
+        rows += _rows(shape, found, source, args)
+        print(summary(rows), flush=True)
+        if args.results:
+            tables.write_rows(args.results, [*_others(args.results, rows), *rows])
+    for line in failed:
+        print(f"not measured: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def video_seconds(name: str, seconds: dict[str, float]) -> float:
+    """Seconds of all denoising steps of a video."""
+    if name in ("dense", "none"):
+        return STEPS * seconds["dense"]
+    if name == "mean-query":
+        return STEPS * seconds["refresh"]
+    refreshes = -(-STEPS // REFRESH_EVERY)
+    return refreshes * seconds["refresh"] + (STEPS - refreshes) * seconds["cached"]
+
+
+def extrapolated(few: StepTimes, many: StepTimes, layers: int, all_layers: int) -> StepTimes:
+    """Times of all layers from models of `layers` and twice as many; memory is that of the larger one."""
+    seconds = {
+        kind: few.seconds[kind] + (all_layers - layers) / layers * (many.seconds[kind] - few.seconds[kind])
+        for kind in few.seconds
+    }
+    return dataclasses.replace(many, seconds=seconds)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    header = ("model", "attention", "density", "s a step", "s a video", "speed", "attention speed", "GiB", "masks GiB")
+    lines = []
+    for row in rows:
+        step = row["refresh_s"] if row["attention"] == "mean-query" else row["cached_s"] or row["dense_s"]
+        memory = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
+        lines.append(
+            (row["model"], row["attention"], row["density"], step, row["video_s"], row["speed"], row["attention_speed"],
+             memory, row["mask_bytes"] / 2**30)
+        )  # fmt: skip
+    return tables.format_text(header, lines)
+
+
+def _all_layers(args: Any, shape: str, name: str, density: float) -> tuple[StepTimes, tuple[int, ...]] | None:
+    if args.layers is None:
+        found = _in_process(args, shape, name, density, None)
+        return None if found is None else (found, ())
+    counts = (args.layers, 2 * args.layers)
+    few, many = (_in_process(args, shape, name, density, count) for count in counts)
+    if few is None or many is None:
+        return None
+    all_layers = random_config(RANDOM_MODELS[shape]).num_attentions
+    return extrapolated(few, many, args.layers, all_layers), counts
+
+
+def _in_process(args: Any, shape: str, name: str, density: float, layers: int | None) -> StepTimes | None:
+    command = [sys.executable, "-m", "benchmarks.video", "--worker", shape, name, "--density", str(density)]
+    command += ["--repeats", str(args.repeats)]
+    command += ["--layers", str(layers)] if layers is not None else []
+    command += ["--on-host"] if args.on_host else []
+    print(f"{shape}, {name}, density {density:g}{'' if layers is None else f', {layers} layers'} ...", flush=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"  ended after {args.timeout_s} s", file=sys.stderr)
+        return None
+    lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    if done.returncode != 0 or not lines:
+        print("\n".join(done.stderr.splitlines()[-15:]), file=sys.stderr)
+        return None
+    return StepTimes(**json.loads(lines[-1].removeprefix(_MARK)))
+
+
+def _rows(shape: str, found: dict, source: dict[str, Any], args: Any) -> list[dict[str, Any]]:
+    rows = []
+    dense = found.get(("dense", 1.0))
+    none = found.get(("none", 1.0))
+    for (name, density), (times, counts) in found.items():
+        video = video_seconds(name, times.seconds)
+        dense_video = None if dense is None else video_seconds("dense", dense[0].seconds)
+        bare = None if none is None else video_seconds("none", none[0].seconds)
+        attention_speed = None
+        if dense_video is not None and bare is not None and name in ("cached", "mean-query"):
+            steady = STEPS * times.seconds["cached" if name == "cached" else "refresh"]
+            attention_speed = (dense_video - bare) / (steady - bare)
+        rows.append(
+            {
+                "model": shape,
+                "attention": name,
+                "asked_density": density,
+                "density": times.density,
+                "dense_s": times.seconds.get("dense"),
+                "refresh_s": times.seconds.get("refresh"),
+                "cached_s": times.seconds.get("cached"),
+                "video_s": video,
+                "speed": None if dense_video is None else dense_video / video,
+                "attention_speed": attention_speed,
+                "attention_share": None if dense_video is None or bare is None else 1 - bare / dense_video,
+                "peak_bytes": times.peak_bytes,
+                "mask_bytes": times.mask_bytes,
+                "masks_on_host": args.on_host,
+                "layers": list(counts) or None,
+                "weights": "random",
+                **source,
+            }
+        )
+    return rows
+
+
+def _others(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the file that are not measured anew."""
+    names = ("model", "attention", "asked_density", "masks_on_host", "device")
+    new = {tuple(row[name] for name in names) for row in rows}
+    return [row for row in tables.read_rows(path) if tuple(row.get(name) for name in names) not in new]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.video", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", choices=list(RANDOM_MODELS), default=["wan-1.3b-480p"], metavar="NAME",
+                        help=f"models: {', '.join(RANDOM_MODELS)} (default: wan-1.3b-480p)")  # fmt: skip
+    parser.add_argument("--density", nargs="+", type=float, default=[0.35], metavar="D",
+                        help="shares of the keys that rows keep (default: 0.35)")  # fmt: skip
+    parser.add_argument("--layers", type=int, metavar="N", help="time N and 2 N layers, extrapolate to all")
+    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="timed steps of each kind (default: 2)")
+    parser.add_argument("--on-host", action="store_true", help="keep masks in host memory")
+    parser.add_argument("--budget-s", type=float, default=1e9, metavar="S", help="start nothing after so many seconds")
+    parser.add_argument("--timeout-s", type=float, default=600, metavar="S", help="per process (default: 600)")
+    parser.add_argument("--results", type=Path, metavar="FILE", help=f"JSON rows, such as {ROWS}")
+    parser.add_argument("--worker", nargs=2, metavar=("NAME", "ATTENTION"), help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""One attention of one model in a process of its own, so that its peak of device memory is its own."""
+
+import dataclasses
+import statistics
+from typing import Any
+
+from fgattn_jax.cli import _generate_families as families
+from fgattn_jax.evaluation import model_shapes
+
+QUERY_BLOCK = 128
+ATTENTIONS = ("dense", "none", "cached", "mean-query")
+"""What runs: dense attention, no attention at all (its values are handed on), masks that are kept, masks of each step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a denoising step, all branches of guidance, by its kind; medians.
+
+    Attributes:
+        seconds: by "dense", "refresh" or "cached"; kinds that did not run are missing.
+        density: share of slices that steps under masks computed; 1 where all were dense.
+        peak_bytes: most device memory that was in use; None where the device does not say.
+        mask_bytes: of the masks that are kept.
+    """
+
+    seconds: dict[str, float]
+    density: float
+    peak_bytes: int | None
+    mask_bytes: int
+
+
+def measure(shape: str, attention: str, *, density: float, layers: int | None, repeats: int, on_host: bool) -> StepTimes:
+    """Time denoising steps of a model with random weights.
+
+    Args:
+        shape: a name of `fgattn generate --random-weights`.
+        attention: one of `ATTENTIONS`.
+        density: share of the keys that every row keeps.
+        layers: that many layers instead of all.
+        repeats: steps of each kind that are timed, after one that is not.
+        on_host: keep masks in host memory.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from fgattn_jax.models.video.sampling import sample
+
+    chosen = families.RANDOM_MODELS[shape]
+    facts, config = families.FAMILIES[chosen.family], families.random_config(chosen)
+    if layers is not None:
+        config = with_layers(config, layers)
+    package = families.package(chosen.family)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    model = package.random(config, dtype=dtype, seed=0)
+    branches = 1 if facts.embedded_guidance else 2
+    conditions = families.conditions(
+        families.random_embeddings(chosen, 0), num_branches=branches, guidance=facts.guidance, config=config
+    )
+    latent = ((chosen.frames - 1) // 4 + 1, chosen.size[0] // 8, chosen.size[1] // 8)
+    steps = 2 * (repeats + 1)
+    times: list[tuple[str, float, float]] = []
+
+    result = sample(
+        model,
+        conditions,
+        (jax.random.key(1), latent),
+        steps=steps,
+        scheduler=families.scheduler(facts, None, None, chosen.size),
+        guidance=1.0 if facts.embedded_guidance else facts.guidance,
+        attention=_attention(attention, config.grid(*latent), density, on_host),
+        progress=lambda step, kind, kept, seconds: times.append((kind, kept, seconds)),
+    )
+    assert bool(jnp.isfinite(result.latents).all())
+    timed = times[2:]  # the first step of every kind may compile
+    seconds = {
+        kind: statistics.median(taken for other, _, taken in timed if other == kind)
+        for kind in dict.fromkeys(kind for kind, _, _ in timed)
+    }
+    kept = [kept for kind, kept, _ in timed if kind == "cached" or (attention == "mean-query" and kind == "refresh")]
+    stored = None if result.masks is None else result.masks.stored
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return StepTimes(
+        seconds,
+        statistics.mean(kept) if kept else 1.0,
+        stats.get("peak_bytes_in_use"),
+        0 if stored is None else sum(leaf.nbytes for leaf in jax.tree.leaves(stored)),
+    )
+
+
+def with_layers(config: Any, layers: int) -> Any:
+    """The config with that many attentions; HunyuanVideo keeps its one dual block to two single ones."""
+    if hasattr(config, "num_layers"):
+        return dataclasses.replace(config, num_layers=layers)
+    if layers % 3:
+        raise ValueError(f"expected `--layers` to be a multiple of 3 for HunyuanVideo, got {layers}")
+    return dataclasses.replace(config, num_dual_layers=layers // 3, num_single_layers=2 * layers // 3)
+
+
+def _attention(name: str, grid: tuple[int, int, int], density: float, on_host: bool) -> Any:
+    from fgattn_jax.models.video.slice_masks import SliceMasks
+    from fgattn_jax.predictors import Budget, ExactPredictor, MeanQueryPredictor, RefreshPolicy
+
+    if name == "dense":
+        return "dense"
+    if name == "none":
+        return hand_on
+    num_keys = grid[0] * grid[1] * grid[2]
+    budget = Budget(top_k=max(1, round(density * num_keys)))
+    if name == "mean-query":
+        return SliceMasks(MeanQueryPredictor(QUERY_BLOCK, budget=budget), RefreshPolicy(every=1))
+    predictor = ExactPredictor(QUERY_BLOCK, statistic="mass", budget=budget)
+    return SliceMasks(predictor, RefreshPolicy(every=2), on_host=on_host)
+
+
+def hand_on(query: Any, key: Any, value: Any, key_value_seq_lengths: Any = None) -> Any:
+    """In the place of attention: what all else of a step takes."""
+    del key, key_value_seq_lengths
+    return value + 0 * query
+
+
+def find_shape(name: str) -> Any:
+    """The sizes of the attention of a published model, None for a tiny one."""
+    try:
+        return model_shapes.find(name)
+    except ValueError:
+        return None
