@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fgattn_jax.models._leaves import leaf_name, named_leaves
 from fgattn_jax.models.dit import layers
 from fgattn_jax.models.dit.config import DiTConfig
 from fgattn_jax.models.dit.model import DiT
@@ -19,20 +20,6 @@ FORMAT = "fgattn_jax.dit.v1"
 """Value of `format` in the header of a weights file."""
 PRETRAINED = "dit_video.safetensors"
 """Name of the shipped weights in the package folder `models/dit/weights`."""
-
-
-def named_leaves(tree: Any) -> dict[str, jax.Array]:
-    """Flatten a pytree of arrays to names joined by dots, e.g. `blocks.qkv.kernel`."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {leaf_name(path): leaf for path, leaf in leaves}
-
-
-def leaf_name(path: tuple) -> str:
-    """Name of a leaf from its key path; the trailing `value` of an NNX variable is left out."""
-    parts = [_key_text(key) for key in path]
-    if parts and parts[-1] == "value":
-        parts = parts[:-1]
-    return ".".join(parts)
 
 
 def fill_leaves(template: Any, named: Mapping[str, Any], source: str) -> Any:
@@ -148,10 +135,3 @@ def materialize(state: Any) -> Any:
         return jnp.zeros(leaf.shape, leaf.dtype)
 
     return jax.tree.map(zeros, state)
-
-
-def _key_text(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
