@@ -1,0 +1,171 @@
+"""Parameters of HunyuanVideo: from diffusers checkpoints, or random ones for timing."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from fgattn_jax.models._leaves import leaf_name
+from fgattn_jax.models.hunyuan_video.config import CLASS_NAME, HunyuanVideoConfig
+from fgattn_jax.models.hunyuan_video.model import HunyuanVideoTransformer
+from fgattn_jax.models.video.checkpoint import Placement, Progress, Source, load_stacked
+from fgattn_jax.models.video.layout import read_config
+
+
+def load(
+    directory: str | pathlib.Path,
+    dtype: Any = jnp.bfloat16,
+    *,
+    sharding: Placement = None,
+    progress: Progress | None = None,
+) -> HunyuanVideoTransformer:
+    """Read a text-to-video HunyuanVideo transformer from a diffusers checkpoint; nothing is downloaded.
+
+    Args:
+        directory: the pipeline's directory, or the folder of the transformer itself.
+        dtype: of all parameters: bfloat16, as diffusers runs it, or float32.
+        sharding: where the parameters go: None (the default device), a sharding for all, a function of a parameter's
+            name such as "dual.attn.q.kernel", or a pytree of shardings.
+        progress: called after every parameter with its name, its bytes and the bytes of all.
+
+    Raises:
+        ValueError: files are missing, corrupt, of another layout or of another model, image-to-video ones included; or
+            `dtype` is another one.
+    """
+    config = HunyuanVideoConfig.from_json(read_config(directory, class_name=CLASS_NAME))
+    graph, template = _abstract(config, dtype)
+    params = load_stacked(directory, parameter_sources(config), template, sharding=sharding, progress=progress)
+    return nnx.merge(graph, params)
+
+
+def random(config: HunyuanVideoConfig, dtype: Any = jnp.bfloat16, seed: int = 0) -> HunyuanVideoTransformer:
+    """A model with random parameters, made on the device, for timing without weights: its velocity means nothing.
+
+    Kernels keep the size of what they multiply, so that activations stay finite at any depth; biases are 0, norms 1.
+
+    Args:
+        config: sizes.
+        dtype: of all parameters: bfloat16 or float32.
+        seed: the same seed gives the same parameters.
+
+    Raises:
+        ValueError: `dtype` is another one.
+    """
+    graph, template = _abstract(config, dtype)
+    paths, structure = jax.tree_util.tree_flatten_with_path(template)
+    keys = jax.random.split(jax.random.key(seed), len(paths))
+    # One program a parameter: one for all would hold the random bits of several at once.
+    made = [_random_leaf(key, leaf_name(path), leaf) for key, (path, leaf) in zip(keys, paths, strict=True)]
+    return nnx.merge(graph, jax.tree_util.tree_unflatten(structure, made))
+
+
+def parameter_sources(config: HunyuanVideoConfig) -> dict[str, Source]:
+    """Where diffusers keeps each parameter, by its name here."""
+    sources: dict[str, Source] = {}
+
+    def linear(ours: str, theirs: str, num_layers: int | None = None, window: tuple[int, ...] = ()) -> None:
+        sources[f"{ours}.kernel"] = Source(f"{theirs}.weight", "kernel", num_layers, window)
+        sources[f"{ours}.bias"] = Source(f"{theirs}.bias", "copy", num_layers)
+
+    linear("x_embedder", "x_embedder.proj", window=(config.in_channels, *config.patch))
+    for ours, theirs in _LINEARS.items():
+        if config.guidance_embeds or not ours.startswith("cond.guidance."):
+            linear(ours, theirs)
+    num_layers = (config.num_refiner_layers, config.num_dual_layers, config.num_single_layers)
+    for number, ((ours, theirs), linears) in zip(num_layers, _BLOCKS.items(), strict=True):
+        for name, tensor in linears.items():
+            linear(f"{ours}.{name}", f"{theirs}.{{i}}.{tensor}", number)
+        for name, tensor in _NORMS[ours].items():
+            sources[f"{ours}.{name}.scale"] = Source(f"{theirs}.{{i}}.{tensor}.weight", "copy", number)
+            if ours == "refiner.blocks":  # layer norms; those of the other blocks are RMS norms
+                sources[f"{ours}.{name}.bias"] = Source(f"{theirs}.{{i}}.{tensor}.bias", "copy", number)
+    return sources
+
+
+_LINEARS = {
+    "cond.time.linear_1": "time_text_embed.timestep_embedder.linear_1",
+    "cond.time.linear_2": "time_text_embed.timestep_embedder.linear_2",
+    "cond.guidance.linear_1": "time_text_embed.guidance_embedder.linear_1",
+    "cond.guidance.linear_2": "time_text_embed.guidance_embedder.linear_2",
+    "cond.pooled.linear_1": "time_text_embed.text_embedder.linear_1",
+    "cond.pooled.linear_2": "time_text_embed.text_embedder.linear_2",
+    "refiner.time.linear_1": "context_embedder.time_text_embed.timestep_embedder.linear_1",
+    "refiner.time.linear_2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
+    "refiner.pooled.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
+    "refiner.pooled.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
+    "refiner.proj_in": "context_embedder.proj_in",
+    "final.modulation": "norm_out.linear",
+    "final.out": "proj_out",
+}
+_BLOCKS = {
+    ("refiner.blocks", "context_embedder.token_refiner.refiner_blocks"): {
+        "attn.q": "attn.to_q",
+        "attn.k": "attn.to_k",
+        "attn.v": "attn.to_v",
+        "attn.out": "attn.to_out.0",
+        "ff.up": "ff.net.0.proj",
+        "ff.down": "ff.net.2",
+        "gates": "norm_out.linear",
+    },
+    ("dual", "transformer_blocks"): {
+        "modulation": "norm1.linear",
+        "modulation_text": "norm1_context.linear",
+        "attn.q": "attn.to_q",
+        "attn.k": "attn.to_k",
+        "attn.v": "attn.to_v",
+        "attn.out": "attn.to_out.0",
+        "attn_text.q": "attn.add_q_proj",
+        "attn_text.k": "attn.add_k_proj",
+        "attn_text.v": "attn.add_v_proj",
+        "attn_text.out": "attn.to_add_out",
+        "ff.up": "ff.net.0.proj",
+        "ff.down": "ff.net.2",
+        "ff_text.up": "ff_context.net.0.proj",
+        "ff_text.down": "ff_context.net.2",
+    },
+    ("single", "single_transformer_blocks"): {
+        "modulation": "norm.linear",
+        "attn.q": "attn.to_q",
+        "attn.k": "attn.to_k",
+        "attn.v": "attn.to_v",
+        "mlp": "proj_mlp",
+        "out": "proj_out",
+    },
+}
+"""Linears of the stacked blocks, by the names of the stack here and in diffusers."""
+_NORMS = {
+    "refiner.blocks": {"norm1": "norm1", "norm2": "norm2"},
+    "dual": {
+        "attn.norm_q": "attn.norm_q",
+        "attn.norm_k": "attn.norm_k",
+        "attn_text.norm_q": "attn.norm_added_q",
+        "attn_text.norm_k": "attn.norm_added_k",
+    },
+    "single": {"attn.norm_q": "attn.norm_q", "attn.norm_k": "attn.norm_k"},
+}
+
+
+def _abstract(config: HunyuanVideoConfig, dtype: Any) -> tuple[Any, Any]:
+    """The model without its parameters, and their shapes."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"expected `dtype` to be bfloat16 or float32, got dtype={jnp.dtype(dtype)}")
+    model = nnx.eval_shape(lambda: HunyuanVideoTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param)
+
+
+def _random_leaf(key: Array, name: str, leaf: jax.ShapeDtypeStruct) -> Array:
+    if name.endswith(".kernel"):
+        return _random_kernel(key, leaf.shape, leaf.dtype)
+    return jnp.full(leaf.shape, name.endswith(".scale"), leaf.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random_kernel(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    def draw(key: Array) -> Array:
+        return jax.random.normal(key, shape[-2:], dtype) * jnp.asarray(shape[-2] ** -0.5, dtype)
+
+    return draw(key) if len(shape) == 2 else jax.lax.map(draw, jax.random.split(key, shape[0]))
