@@ -74,15 +74,19 @@ def encode_prompt(
     import torch
 
     with _quiet(), _released():
-        pipeline = getattr(diffusers, _PIPELINES[family]).from_pretrained(
-            str(directory),
-            transformer=None,
-            vae=None,
-            scheduler=None,
-            torch_dtype=getattr(torch, dtype),
-            local_files_only=True,
-            low_cpu_mem_usage=False,  # needs accelerate, and saves nothing where transformers loads
-        ).to(_device())
+        pipeline = (
+            getattr(diffusers, _PIPELINES[family])
+            .from_pretrained(
+                str(directory),
+                transformer=None,
+                vae=None,
+                scheduler=None,
+                torch_dtype=getattr(torch, dtype),
+                local_files_only=True,
+                low_cpu_mem_usage=False,  # needs accelerate, and saves nothing where transformers loads
+            )
+            .to(_device())
+        )
         encode = _encode_wan if family == "wan" else _encode_hunyuan
         texts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
         with torch.no_grad():
