@@ -27,7 +27,16 @@ from fgattn_jax.models.video.layout import (
     what_else,
 )
 
-__all__ = ["Placement", "Progress", "Source", "load_stacked", "read_config", "read_pipeline", "save_diffusers"]
+__all__ = [
+    "Placement",
+    "Progress",
+    "Source",
+    "load_stacked",
+    "placement",
+    "read_config",
+    "read_pipeline",
+    "save_diffusers",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called after every leaf with its name, its bytes and the bytes of all leaves: `bar.total = total; bar.update(n)`."""
@@ -101,7 +110,7 @@ def load_stacked(
     folder = transformer_folder(directory, subfolder)
     leaves = named_leaves(template)
     _check_template(names, leaves)
-    place = _placement(sharding, template)
+    place = placement(sharding, template)
     total = sum(_num_bytes(leaf) for leaf in leaves.values())
     with contextlib.ExitStack() as stack:
         files = _open_tensors(folder, stack)
@@ -117,6 +126,26 @@ def load_stacked(
             if progress is not None:
                 progress(name, _num_bytes(leaf), total)
     return jax.tree_util.tree_map_with_path(lambda path, _: placed[leaf_name(path)], template)
+
+
+def placement(sharding: Placement, template: Any) -> Callable[[str], jax.sharding.Sharding | None]:
+    """The sharding of a leaf by its name, None for the default device, however it was given.
+
+    Raises:
+        ValueError: a pytree of shardings has other leaves than the template.
+    """
+    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
+        return lambda name: sharding
+    if callable(sharding):
+        return cast(Callable[[str], jax.sharding.Sharding | None], sharding)
+    shardings, wanted = named_leaves(sharding), named_leaves(template)
+    if shardings.keys() != wanted.keys():
+        missing, extra = sorted(wanted.keys() - shardings.keys()), sorted(shardings.keys() - wanted.keys())
+        raise ValueError(
+            f"expected `sharding` to be a sharding, a function of a name, or a pytree like the parameters, got "
+            f"{_some(missing)} missing and {_some(extra)} unknown"
+        )
+    return shardings.__getitem__
 
 
 def save_diffusers(
@@ -285,21 +314,6 @@ def _read_leaf(files: Mapping[str, Any], source: Source, leaf: Any) -> np.ndarra
             for start in range(0, len(rows), _ROWS):
                 out[:, start : start + _ROWS] = rows[start : start + _ROWS].T
     return host
-
-
-def _placement(sharding: Placement, template: Any) -> Callable[[str], jax.sharding.Sharding | None]:
-    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
-        return lambda name: sharding
-    if callable(sharding):
-        return cast(Callable[[str], jax.sharding.Sharding | None], sharding)
-    shardings, wanted = named_leaves(sharding), named_leaves(template)
-    if shardings.keys() != wanted.keys():
-        missing, extra = sorted(wanted.keys() - shardings.keys()), sorted(shardings.keys() - wanted.keys())
-        raise ValueError(
-            f"expected `sharding` to be a sharding, a function of a name, or a pytree like the parameters, got "
-            f"{_some(missing)} missing and {_some(extra)} unknown"
-        )
-    return shardings.__getitem__
 
 
 def _put(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

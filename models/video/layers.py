@@ -84,8 +84,13 @@ def sinusoid(t: Float[Array, " B"], num_features: int = 256) -> Float32[Array, "
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rotary_tables(grid: Grid, dims: Grid, theta: float, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of the rotary angles of every token, made on the host.
+def rotary_tables(
+    grid: Grid, dims: Grid, theta: float, dtype: Any
+) -> tuple[Float32[Array, "T half"], Float32[Array, "T half"]]:
+    """Cosine and sine of the rotary angles of every token.
+
+    The angles along each axis are made on the host; only they are constants of a program, not the tables of all tokens
+    (40 MB for a long video), which are put together on the device.
 
     Args:
         grid: frames, rows and columns in tokens.
@@ -96,15 +101,16 @@ def rotary_tables(grid: Grid, dims: Grid, theta: float, dtype: Any) -> tuple[np.
     Returns:
         Two float32 arrays `[T, H/2]` over tokens (frames first, then rows, then columns) and pairs of channels.
     """
-    angles = []
+    cosines, sines = [], []
     for axis, (size, dim) in enumerate(zip(grid, dims, strict=True)):
         frequencies = 1.0 / np.power(dtype(theta), np.arange(0, dim, 2, dtype=dtype) / dtype(dim))
-        along = np.outer(np.arange(size, dtype=dtype), frequencies)
+        angles = np.outer(np.arange(size, dtype=dtype), frequencies)
         shape = [1, 1, 1, dim // 2]
         shape[axis] = size
-        angles.append(np.broadcast_to(along.reshape(shape), (*grid, dim // 2)))
-    table = np.concatenate(angles, axis=-1).reshape(math.prod(grid), -1)  # [T, H/2]
-    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+        for parts, along in ((cosines, np.cos(angles)), (sines, np.sin(angles))):
+            parts.append(jnp.broadcast_to(along.astype(np.float32).reshape(shape), (*grid, dim // 2)))
+    cos, sin = (jnp.concatenate(parts, axis=-1).reshape(math.prod(grid), -1) for parts in (cosines, sines))
+    return cos, sin  # [T, H/2]
 
 
 def patchify(latents: Float[Array, "B C F Y X"], patch: Grid) -> Float[Array, "B T P"]:
