@@ -1,5 +1,6 @@
 """HunyuanVideo models for tests: the modules as diffusers' counterparts are run, and tiny models without torch."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -114,3 +115,13 @@ def distance(a, b):
     """Relative distance in the Euclidean norm, in float64."""
     a, b = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
     return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def without_guidance():
+    """The tiny config of a model that takes no guidance scale."""
+    return dataclasses.replace(TINY, guidance_embeds=False)
+
+
+def tail(num_text, lengths):
+    """Text behind the video."""
+    return TextTail(num_text, jnp.asarray(lengths, jnp.int32))

@@ -12,8 +12,7 @@ from jaxtyping import Array
 from fgattn_jax.models._leaves import leaf_name
 from fgattn_jax.models.hunyuan_video.config import CLASS_NAME, HunyuanVideoConfig
 from fgattn_jax.models.hunyuan_video.model import HunyuanVideoTransformer
-from fgattn_jax.models.video.checkpoint import Placement, Progress, Source, load_stacked
-from fgattn_jax.models.video.layout import read_config
+from fgattn_jax.models.video.checkpoint import Placement, Progress, Source, load_stacked, read_config
 
 
 def load(
