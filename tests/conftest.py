@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="let the kernels for Hopper GPUs run before their release",
     )
+    group.addoption("--require-torch", action="store_true", help="fail, do not skip, where diffusers does not import")
     group.addoption(
         "--write-ledger", action="store_true", help="record the run in tests/gpu_ledger.json if all of it passed"
     )
@@ -149,6 +150,19 @@ def run_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def torch_models(request: pytest.FixtureRequest) -> None:
+    """Skips the test where torch and diffusers do not import; with --require-torch, fails it."""
+    try:
+        import diffusers  # noqa: F401
+        import torch
+    except ImportError as error:
+        if request.config.getoption("--require-torch"):
+            pytest.fail(f"--require-torch: torch and diffusers do not import: {error}", pytrace=False)
+        pytest.skip(f"needs torch and diffusers: {error}")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

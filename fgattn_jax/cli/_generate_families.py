@@ -137,7 +137,7 @@ def random_config(model: RandomModel) -> Any:
         return _package(model.family).PRESETS[model.preset]
     config = _config_class(model.family)
     if model.family == "wan":
-        return config(num_heads=2, head_dim=32, num_layers=2, ffn_dim=128, text_dim=64)
+        return config(num_heads=2, head_dim=32, num_layers=2, hidden_dim=128, text_dim=64)
     return config(
         num_heads=2,
         head_dim=32,

@@ -382,4 +382,3 @@ def _check_vae_dtype(args: argparse.Namespace) -> None:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-

@@ -20,6 +20,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def bytes_text(count: int) -> str:
+    """A number of bytes with its unit."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size // 4:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 2**10:.1f} KiB"
+
+
 @contextlib.contextmanager
 def steps_progress(title: str, total: int) -> Iterator[StepProgress]:
     """A bar over denoising steps, or a line every few steps.
@@ -74,7 +82,7 @@ def leaves_progress(title: str) -> Iterator[LeafProgress]:
             now = time.perf_counter()
             if now - said > _QUIET_SECONDS or (done >= total and now - started > _QUIET_SECONDS):
                 said = now
-                say(f"{title}: {done / 2**30:.1f} of {total / 2**30:.1f} GiB, {now - started:.0f} s")
+                say(f"{title}: {bytes_text(done)} of {bytes_text(total)}, {now - started:.0f} s")
 
         yield line
         return

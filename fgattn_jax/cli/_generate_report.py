@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from fgattn_jax.cli import _generate_run
+import fgattn_jax
+from fgattn_jax.cli import _generate_progress, _generate_run
 from fgattn_jax.cli._generate_options import GenerateJob
 from fgattn_jax.cli._generate_run import Denoised, Stage
 from fgattn_jax.evaluation import frames, tables
 
-_PACKAGES = ("fgattn-jax", "jax", "jaxlib", "flax", "torch", "diffusers", "transformers")
-_LEAST_SIDE = 11
+_PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers")
 
 
 def source() -> dict[str, Any]:
     """Device, versions, commit, date."""
-    versions = {}
+    versions: dict[str, str | None] = {"fgattn_jax": fgattn_jax.__version__}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -46,7 +46,7 @@ def header(job: GenerateJob, source: Mapping[str, Any], dtype: Any) -> str:
         "dense attention" if job.masks is None else f"masks: {job.masks.describe()}",
     ]
     if (kept := _generate_run.mask_bytes(job)) > 0:
-        lines.append(f"masks that are kept take {_bytes(kept)}")
+        lines.append(f"masks that are kept take {_generate_progress.bytes_text(kept)}")
     return "\n".join(lines)
 
 
@@ -181,7 +181,11 @@ def print_tables(report: Mapping[str, Any]) -> None:
     print(tables.format_text(["run", "steps", "kind", "density", "seconds per step"], lines))
     print()
     for title, run in report["runs"].items():
-        where = "" if run["peak_device_bytes"] is None else f", device memory so far {_bytes(run['peak_device_bytes'])}"
+        where = (
+            ""
+            if run["peak_device_bytes"] is None
+            else f", device memory so far {_generate_progress.bytes_text(run['peak_device_bytes'])}"
+        )
         compiled = " (the first one compiled)" if run["first_step_compiled"] else ""
         print(
             f"{title}: {run['seconds_of_steps']:.1f} s of steps{compiled}, {run['seconds']:.1f} s in all, density "
@@ -230,7 +234,3 @@ def _spans(steps: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """Write the report in one move."""
     tables.write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"

@@ -1,6 +1,9 @@
 """The stages of `fgattn generate` one after the other, each releasing what it held before the next one starts."""
 
 import argparse
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +87,6 @@ def dense_path(out: Path) -> Path:
 
 
 def _embeddings(job: GenerateJob, seconds: dict[str, float]) -> PromptEmbeddings:
-    import time
-
     start = time.perf_counter()
     if job.random is not None:
         return _generate_families.random_embeddings(job.random, job.seed)
@@ -128,24 +129,20 @@ def _decode(model: Path, family: Family, latents: np.ndarray, dtype: str | None)
     return stages.decode_latents(model, family, latents, dtype=chosen)
 
 
-class _rescued:  # noqa: N801 (reads as what it does)
-    """If decoding fails, the latents of minutes of work are kept beside the clip."""
-
-    def __init__(self, job: GenerateJob, latents: np.ndarray, facts: dict[str, Any]):
-        self.job, self.latents, self.facts = job, latents, facts
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or self.job.out is None:
-            return
-        path = self.job.out.with_suffix(".latents.safetensors")
-        stage_files.save_latents(path, SavedLatents(self.job.facts.family, self.latents, self.facts))
+@contextlib.contextmanager
+def _rescued(job: GenerateJob, latents: np.ndarray, facts: Mapping[str, Any]) -> Iterator[None]:
+    """Minutes of work are kept beside the clip if decoding fails or is interrupted."""
+    assert job.out is not None
+    try:
+        yield
+    except BaseException:
+        path = job.out.with_suffix(".latents.safetensors")
+        stage_files.save_latents(path, SavedLatents(job.facts.family, latents, facts))
         say(
-            f"clip: decoding failed; the latents are kept: fgattn generate --model {self.job.model} --decode {path} "
-            f"--out {self.job.out}"
+            f"clip: decoding failed; the latents are kept: fgattn generate --model {job.model} --decode {path} "
+            f"--out {job.out}"
         )
+        raise
 
 
 def _text_dtype(dtype: str | None) -> Any:

@@ -1,6 +1,7 @@
 """Clips in files: mp4 through imageio-ffmpeg (extra `video`), GIF through Pillow."""
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,16 @@ def write_clip(path: Path, frames: Float[np.ndarray, "F Y X 3"], *, frames_per_s
         raise ValueError(
             f"expected even numbers of rows and columns for an mp4, got {height}x{width}: crop, or write a .gif"
         )
+    # The child process is ffmpeg itself at once: what Python says of forks beside JAX's threads does not apply.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"os\.fork", category=RuntimeWarning)
+        _write_mp4(path, pixels, frames_per_second)
+
+
+def _write_mp4(path: Path, pixels: np.ndarray, frames_per_second: float) -> None:
     import imageio_ffmpeg
 
+    height, width = pixels.shape[1:3]
     writer = imageio_ffmpeg.write_frames(
         str(path), (width, height), fps=frames_per_second, codec="libx264", quality=7, macro_block_size=1
     )

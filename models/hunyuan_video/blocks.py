@@ -175,7 +175,7 @@ class SingleBlock(nnx.Module):
 def with_still_text(rope: Rope, num_text: int) -> Rope:
     """The tables with angles of zero behind them: text tokens stay as they are, exactly."""
     cos, sin = rope
-    return np.pad(cos, ((0, num_text), (0, 0)), constant_values=1), np.pad(sin, ((0, num_text), (0, 0)))
+    return jnp.pad(cos, ((0, num_text), (0, 0)), constant_values=1), jnp.pad(sin, ((0, num_text), (0, 0)))
 
 
 def split_modulation(x: Float[Array, "B P"], num_parts: int) -> list[Float[Array, "B 1 D"]]:

@@ -181,7 +181,9 @@ class _Program:
 
         # A loop over a traced number, so that masks of all branches stay in one buffer and the model is traced once.
         def branch(masks, number):
-            condition = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), conditions)
+            condition = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), conditions
+            )
             model = nnx.merge(self.graph, state)
             output = model(latents, timestep, condition, attention=self.attend(row.kind, number), state=masks)
             return output.state, output.velocity
