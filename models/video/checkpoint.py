@@ -44,7 +44,6 @@ Placement = Any
 """None (the default device), a sharding for all, a function of the leaf's name, or a pytree like the template."""
 
 _DTYPES = ("F64", "F32", "F16", "BF16")  # the names of safetensors
-_COLLECT_BYTES = 2**20  # of small leaves together
 _ROWS = 64  # of a tile: a plain transpose of a 5120 x 13824 matrix took three times as long
 
 
@@ -117,17 +116,13 @@ def load_stacked(
         files = _open_tensors(folder, stack)
         _check_names(files, names, ignored, folder)
         _check_tensors(files, names, leaves, folder)
-        placed, sent = {}, 0
+        placed = {}
         for name, leaf in leaves.items():
             host = _read_leaf(files, names[name], leaf)
             placed[name] = _put(host, place(name))
-            # JAX lets go of what it has sent at its next garbage collection only. One takes up to a second where torch
-            # is loaded: not for every bias.
+            # JAX lets go of what it has sent at a garbage collection only, of whichever generation.
             del host
-            sent += _num_bytes(leaf)
-            if sent > _COLLECT_BYTES:
-                gc.collect()
-                sent = 0
+            gc.collect(0)
             if progress is not None:
                 progress(name, _num_bytes(leaf), total)
     return jax.tree_util.tree_map_with_path(lambda path, _: placed[leaf_name(path)], template)

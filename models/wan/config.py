@@ -135,8 +135,8 @@ class WanConfig:
         """
         if fields.get("_class_name") != CLASS_NAME:
             raise ValueError(
-                f"expected the config of a {CLASS_NAME}, got _class_name={fields.get('_class_name')!r}: this is another "
-                "model"
+                f"expected the config of a {CLASS_NAME}, got _class_name={fields.get('_class_name')!r}: this is "
+                "another model"
             )
         image = [name for name in _IMAGE_FIELDS if fields.get(name) is not None]
         if image or fields.get("in_channels") == 36:

@@ -130,6 +130,6 @@ def _refuse_wan22(pipeline: dict[str, Any], directory: str | pathlib.Path) -> No
         found = f"expand_timesteps={pipeline['expand_timesteps']}"
     if found:
         raise ValueError(
-            f"expected a checkpoint of Wan 2.1 in {str(directory)!r}, got {found} in model_index.json: this is Wan 2.2, "
-            "which is not supported"
+            f"expected a checkpoint of Wan 2.1 in {str(directory)!r}, got {found} in model_index.json: this is Wan "
+            "2.2, which is not supported"
         )

@@ -90,11 +90,10 @@ def record(folder: pathlib.Path, inputs: dict[str, torch.Tensor], dtype: torch.d
 
     def keep(name):
         def hook(module, given, result):
-            for part, value in zip(
-                ("output", "modulation", "text"), result if isinstance(result, tuple) else (result,)
-            ):
-                if value is not None:
-                    seen[f"{name}.{part}"] = value
+            # Only the condition embedder gives more than one; its fourth is None without an image.
+            results = result[:3] if isinstance(result, tuple) else (result,)
+            names = ("output", "modulation", "text")[: len(results)]
+            seen.update({f"{name}.{part}": value for part, value in zip(names, results, strict=True)})
 
         return hook
 
