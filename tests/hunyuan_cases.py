@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from fgattn_jax.models import hunyuan_video
-from fgattn_jax.models.hunyuan_video import HunyuanVideoCondition, HunyuanVideoConfig
+from fgattn_jax.models.hunyuan_video import HunyuanVideoCondition, HunyuanVideoConfig, HunyuanVideoTransformer
 from fgattn_jax.models.hunyuan_video.blocks import with_still_text
 from fgattn_jax.models.video.attention import TextTail, dense
 from fgattn_jax.models.video.layers import patchify, rotary_tables, silu
@@ -125,3 +125,9 @@ def without_guidance():
 def tail(num_text, lengths):
     """Text behind the video."""
     return TextTail(num_text, jnp.asarray(lengths, jnp.int32))
+
+
+def abstract_parameters(config, dtype=jnp.bfloat16):
+    """Shapes of the parameters of a model that is never made."""
+    model = nnx.eval_shape(lambda: HunyuanVideoTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.state(model, nnx.Param)

@@ -3,8 +3,8 @@
 import copy
 import pathlib
 
-import torch
-from diffusers import HunyuanVideoTransformer3DModel
+import torch  # pyright: ignore[reportMissingImports]
+from diffusers import HunyuanVideoTransformer3DModel  # pyright: ignore[reportMissingImports]
 
 TINY = {
     "in_channels": 4,

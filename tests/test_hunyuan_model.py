@@ -37,7 +37,7 @@ def test_every_input_counts():
         "valid text": (latents, timestep, condition._replace(text=condition.text.at[:, 0].add(1))),
         "lengths": (latents, timestep, condition._replace(lengths=condition.lengths + jnp.array([1, -1]))),
         "pooled": (latents, timestep, condition._replace(pooled=condition.pooled + 1)),
-        "guidance": (latents, timestep, condition._replace(guidance=condition.guidance + 0.001)),
+        "guidance": (latents, timestep, condition._replace(guidance=jnp.array([6.001, 3.001]))),
     }
     for name, arguments in changed.items():
         apart = jnp.abs(run(*arguments).velocity - velocity).max(axis=(1, 2, 3, 4))
@@ -196,7 +196,7 @@ def test_attention_that_cannot_leave_padding_out_is_refused():
     def every_key(query, key, value):
         return value
 
-    with pytest.raises(ValueError, match="takes `key_value_seq_lengths`.*got every_key: this model attends to padded"):
+    with pytest.raises(ValueError, match=r"takes `key_value_seq_lengths`.*got every_key: this model attends to padded"):
         hunyuan_cases.make_model()(*hunyuan_cases.make_inputs(), attention=plain(every_key))
 
 
@@ -219,7 +219,9 @@ def test_text_lengths_count_valid_text():
 
 
 def test_text_lengths_refuse_padding_in_front():
-    with pytest.raises(ValueError, match="valid text to stand first in the mask, got padding before it in batch entry 1"):
+    with pytest.raises(
+        ValueError, match="valid text to stand first in the mask, got padding before it in batch entry 1"
+    ):
         text_lengths(np.array([[1, 1, 0], [0, 1, 1]]))
     with pytest.raises(ValueError, match=r"a text mask \[B, S\], got shape=\(3,\)"):
         text_lengths(np.array([1, 1, 0]))

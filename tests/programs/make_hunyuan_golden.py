@@ -1,7 +1,7 @@
 """Write the golden files of HunyuanVideo: `python tests/programs/make_hunyuan_golden.py`. Needs torch and diffusers.
 
-In tests/golden/hunyuan_video: `transformer/`, a tiny random checkpoint as diffusers writes it, and `modules.safetensors`,
-inputs and outputs of every module in float32 and in bfloat16.
+In tests/golden/hunyuan_video: `transformer/`, a tiny random checkpoint as diffusers writes it, and
+`modules.safetensors`, inputs and outputs of every module in float32 and in bfloat16.
 """
 
 import pathlib
