@@ -186,12 +186,12 @@ def check_masks(
 def _rule(
     args: argparse.Namespace, method: str, num_tokens: int, default_density: float | None
 ) -> tuple[Predictor, Rule, float]:
-    given = [rule for rule in RULES if getattr(args, rule) is not None]
+    given: list[Rule] = [rule for rule in RULES if getattr(args, rule) is not None]
     if len(given) > 1:
         names = ", ".join(f"`{_flag(rule)}`" for rule in given)
         raise ValueError(f"expected at most one of `--tau`, `--mass`, `--top-k` and `--density`, got {names}: drop one")
-    rule = given[0] if given else None
-    predictor = args.predictor
+    rule: Rule | None = given[0] if given else None
+    predictor: Predictor | None = args.predictor
     if method == "mean-query":
         if predictor not in (None, "mean-query"):
             raise ValueError(
@@ -207,7 +207,8 @@ def _rule(
         amount = _MASS if rule == "mass" else _TAU[predictor or "exact"]
     else:
         amount = getattr(args, rule)
-    predictor = predictor or ("exact" if rule == "tau" else "exact-mass")
+    if predictor is None:
+        predictor = "exact" if rule == "tau" else "exact-mass"
     if rule == "tau" and predictor == "exact-mass":
         raise ValueError("`--tau` is for `--predictor exact` or `mean-query`; `exact-mass` takes `--mass`")
     if rule == "mass" and predictor == "exact":

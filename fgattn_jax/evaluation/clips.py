@@ -3,6 +3,7 @@
 import importlib.util
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -68,8 +69,9 @@ def _write_mp4(path: Path, pixels: np.ndarray, frames_per_second: float) -> None
     import imageio_ffmpeg
 
     height, width = pixels.shape[1:3]
+    rate: Any = frames_per_second  # annotated as an integer there; ffmpeg takes any rate
     writer = imageio_ffmpeg.write_frames(
-        str(path), (width, height), fps=frames_per_second, codec="libx264", quality=7, macro_block_size=1
+        str(path), (width, height), fps=rate, codec="libx264", quality=7, macro_block_size=1
     )
     writer.send(None)  # starts ffmpeg
     try:

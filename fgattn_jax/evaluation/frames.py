@@ -1,4 +1,6 @@
 """How far the frames of a clip are from those of another: PSNR, SSIM and, where it can be had offline, LPIPS."""
+# LPIPS needs torch, checking types does not.
+# pyright: reportMissingImports=false
 
 import importlib.util
 from pathlib import Path

@@ -3,6 +3,8 @@
 Each loads what it needs from a checkpoint directory, runs it, and releases its memory. Nothing is downloaded. torch,
 diffusers and transformers come with the extra `torch`; importing this module needs none of them.
 """
+# Nor does checking its types.
+# pyright: reportMissingImports=false
 
 import contextlib
 import gc
