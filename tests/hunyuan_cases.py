@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fgattn_jax.models import hunyuan_video
+from fgattn_jax.models._leaves import leaf_name
 from fgattn_jax.models.hunyuan_video import HunyuanVideoCondition, HunyuanVideoConfig, HunyuanVideoTransformer
 from fgattn_jax.models.hunyuan_video.blocks import with_still_text
 from fgattn_jax.models.video.attention import TextTail, dense
@@ -37,11 +37,16 @@ NUM_TOKENS = 45 + NUM_TEXT
 @functools.cache
 def make_model(dtype=jnp.float32, config=TINY):
     """A tiny model in which biases and norms count; shared."""
-    model = hunyuan_video.random(config, dtype, seed=3)
-    graph, params = nnx.split(model, nnx.Param)
+    # NumPy: drawing on the device takes seconds to compile.
+    graph, template = nnx.split(abstract_model(config, dtype), nnx.Param)
     rng = np.random.default_rng(1)
-    shaken = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype), params)
-    return nnx.merge(graph, shaken)
+
+    def fill(path, leaf):
+        kernel = leaf_name(path).endswith("kernel")
+        spread = leaf.shape[-2] ** -0.5 if kernel else 0.1
+        return jnp.asarray(leaf_name(path).endswith("scale") + rng.normal(scale=spread, size=leaf.shape), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, template))
 
 
 def make_inputs(lengths=(1, NUM_TEXT), seed=0, config=TINY, size=SIZE):
@@ -127,7 +132,6 @@ def tail(num_text, lengths):
     return TextTail(num_text, jnp.asarray(lengths, jnp.int32))
 
 
-def abstract_parameters(config, dtype=jnp.bfloat16):
-    """Shapes of the parameters of a model that is never made."""
-    model = nnx.eval_shape(lambda: HunyuanVideoTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return nnx.state(model, nnx.Param)
+def abstract_model(config, dtype=jnp.bfloat16):
+    """A model with shapes in place of parameters."""
+    return nnx.eval_shape(lambda: HunyuanVideoTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -4,13 +4,13 @@ import hunyuan_cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fgattn_jax.models import hunyuan_video
 from fgattn_jax.models._leaves import named_leaves
-from fgattn_jax.models.hunyuan_video import HunyuanVideoConfig, parameter_sources
+from fgattn_jax.models.hunyuan_video import HunyuanVideoConfig, tensor_names
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
-hunyuan_torch = pytest.importorskip("hunyuan_torch", reason="diffusers is not installed")
+pytestmark = pytest.mark.usefixtures("torch_models")
 
 CASES = {
     "three prompts, many texts": ({}, (2, 4, 6), 9, (9, 4, 1)),
@@ -26,13 +26,14 @@ def arrays(tensors):
 
 @pytest.mark.parametrize(("changes", "size", "num_text", "lengths"), CASES.values(), ids=CASES.keys())
 def test_every_module_equals_diffusers(tmp_path, changes, size, num_text, lengths):
-    torch.set_num_threads(1)
+    import hunyuan_torch
+
     model = hunyuan_torch.make_model(seed=5, **changes)
     model_16 = hunyuan_torch.in_16_bits(model, tmp_path)
     inputs = hunyuan_torch.make_inputs(model, size, num_text, lengths, seed=6)
     outputs = arrays(hunyuan_torch.run_modules(model, model_16, inputs).items())
     given = {name.removeprefix("input/"): value for name, value in outputs.items() if name.startswith("input/")}
-    ours = {dtype: hunyuan_video.load(tmp_path, dtype) for dtype in (jnp.float32, jnp.bfloat16)}
+    ours = {dtype: hunyuan_video.load(tmp_path, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)}
     for name in hunyuan_torch.MODULES:
         exact, rounded = outputs[f"{name}/float32"], outputs[f"{name}/bfloat16"]
         apart = hunyuan_cases.distance(hunyuan_cases.run_module(ours[jnp.float32], name, given), exact)
@@ -42,14 +43,17 @@ def test_every_module_equals_diffusers(tmp_path, changes, size, num_text, length
 
 
 def test_names_and_shapes_of_the_released_size():
+    import hunyuan_torch
+    import torch
+
     with torch.device("meta"):
         model = hunyuan_torch.HunyuanVideoTransformer3DModel()
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     config = HunyuanVideoConfig.from_json({**model.config, "_class_name": type(model).__name__})
-    leaves = named_leaves(hunyuan_cases.abstract_parameters(config))
+    leaves = named_leaves(nnx.state(hunyuan_cases.abstract_model(config), nnx.Param))
     ours = {
         tensor: source.stored_shape(tuple(leaves[name].shape))
-        for name, source in parameter_sources(config).items()
+        for name, source in tensor_names(config).items()
         for tensor in source.tensors()
     }
     assert len(stored) == 1264
@@ -58,6 +62,9 @@ def test_names_and_shapes_of_the_released_size():
 
 def test_rounding_of_the_pipeline_reaches_the_model(tmp_path):
     """A scale of 6 in 16 bits is 6016 thousandths: whoever passes that gets what diffusers' pipeline gets."""
+    import hunyuan_torch
+    import torch
+
     model = hunyuan_torch.make_model(seed=5)
     model_16 = hunyuan_torch.in_16_bits(model, tmp_path)
     inputs = hunyuan_torch.make_inputs(model, (1, 4, 4), 3, (3,))
@@ -66,7 +73,7 @@ def test_rounding_of_the_pipeline_reaches_the_model(tmp_path):
         pipeline = model_16.time_text_embed(
             inputs["timestep"], inputs["pooled"].bfloat16(), torch.tensor([6.0 * 1000]).bfloat16()
         )[0].float()
-    ours = hunyuan_video.load(tmp_path, jnp.bfloat16)
+    ours = hunyuan_video.load(tmp_path, dtype=jnp.bfloat16)
     pooled = jnp.asarray(inputs["pooled"].numpy(), jnp.bfloat16)
     timestep = jnp.asarray(inputs["timestep"].numpy())
     near = ours.cond(timestep, jnp.asarray([6.016], jnp.float32), pooled)

@@ -20,7 +20,7 @@ def golden():
 
 @functools.cache
 def model(dtype):
-    return hunyuan_video.load(hunyuan_cases.GOLDEN, dtype)
+    return hunyuan_video.load(hunyuan_cases.GOLDEN, dtype=dtype)
 
 
 def run(name, dtype):

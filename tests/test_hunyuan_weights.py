@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from fgattn_jax.models import hunyuan_video
 from fgattn_jax.models._leaves import named_leaves
-from fgattn_jax.models.hunyuan_video import HunyuanVideoConfig, parameter_sources
+from fgattn_jax.models.hunyuan_video import HunyuanVideoConfig, tensor_names
 from fgattn_jax.models.video.checkpoint import save_diffusers
 
 REAL = {
@@ -110,8 +110,8 @@ def test_latents_must_be_whole_patches():
 
 def test_released_checkpoint_has_1264_tensors_of_12_8_billion_values():
     config = HunyuanVideoConfig()
-    leaves = named_leaves(hunyuan_cases.abstract_parameters(config))
-    sources = parameter_sources(config)
+    leaves = named_leaves(nnx.state(hunyuan_cases.abstract_model(config), nnx.Param))
+    sources = tensor_names(config)
     assert leaves.keys() == sources.keys()
     tensors = [name for source in sources.values() for name in source.tensors()]
     assert len(tensors) == len(set(tensors)) == 1264
@@ -128,17 +128,17 @@ def test_released_checkpoint_has_1264_tensors_of_12_8_billion_values():
 
 def test_every_tensor_has_the_shape_of_its_parameter():
     stored = {name: tensor.shape for name, tensor in golden_tensors().items()}
-    leaves = named_leaves(hunyuan_cases.abstract_parameters(hunyuan_cases.TINY))
+    leaves = named_leaves(nnx.state(hunyuan_cases.abstract_model(hunyuan_cases.TINY), nnx.Param))
     ours = {
         tensor: source.stored_shape(tuple(leaves[name].shape))
-        for name, source in parameter_sources(hunyuan_cases.TINY).items()
+        for name, source in tensor_names(hunyuan_cases.TINY).items()
         for tensor in source.tensors()
     }
     assert ours == stored
 
 
 def test_parameters_are_the_tensors_of_the_checkpoint():
-    model, stored = hunyuan_video.load(hunyuan_cases.GOLDEN, jnp.float32), golden_tensors()
+    model, stored = hunyuan_video.load(hunyuan_cases.GOLDEN, dtype=jnp.float32), golden_tensors()
     name = "transformer_blocks.1.attn.add_k_proj.weight"
     chex.assert_trees_all_equal(np.asarray(model.dual.attn_text.k.kernel[...][1]), stored[name].astype(np.float32).T)
     patch = stored["x_embedder.proj.weight"].astype(np.float32)
@@ -149,7 +149,7 @@ def test_parameters_are_the_tensors_of_the_checkpoint():
 def test_progress_is_told_of_every_parameter():
     told = []
     model = hunyuan_video.load(
-        hunyuan_cases.GOLDEN / "transformer", jnp.bfloat16, progress=lambda *facts: told.append(facts)
+        hunyuan_cases.GOLDEN / "transformer", dtype=jnp.bfloat16, progress=lambda *facts: told.append(facts)
     )
     leaves = named_leaves(nnx.state(model, nnx.Param))
     assert {name for name, _, _ in told} == leaves.keys()
@@ -159,10 +159,10 @@ def test_progress_is_told_of_every_parameter():
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    model = hunyuan_video.load(hunyuan_cases.GOLDEN, jnp.bfloat16)
-    sources, params = parameter_sources(hunyuan_cases.TINY), nnx.state(model, nnx.Param)
+    model = hunyuan_video.load(hunyuan_cases.GOLDEN, dtype=jnp.bfloat16)
+    sources, params = tensor_names(hunyuan_cases.TINY), nnx.state(model, nnx.Param)
     save_diffusers(tmp_path, sources, params, golden_config(), num_shards=3)
-    again = nnx.state(hunyuan_video.load(tmp_path, jnp.bfloat16), nnx.Param)
+    again = nnx.state(hunyuan_video.load(tmp_path, dtype=jnp.bfloat16), nnx.Param)
     chex.assert_trees_all_equal(named_leaves(again), named_leaves(params))
 
 
@@ -181,11 +181,11 @@ def test_checkpoints_without_a_guidance_embedder_need_a_config_that_says_so(tmp_
 @pytest.mark.parametrize("make", [hunyuan_video.load, hunyuan_video.random], ids=["load", "random"])
 def test_other_dtypes_are_refused(make):
     with pytest.raises(ValueError, match="`dtype` to be bfloat16 or float32, got dtype=float16"):
-        make(hunyuan_cases.GOLDEN if make is hunyuan_video.load else hunyuan_cases.TINY, jnp.float16)
+        make(hunyuan_cases.GOLDEN if make is hunyuan_video.load else hunyuan_cases.TINY, dtype=jnp.float16)
 
 
 def test_random_parameters_follow_the_seed_and_keep_sizes():
-    config = dataclasses.replace(hunyuan_cases.TINY, num_heads=8)
+    config = dataclasses.replace(hunyuan_cases.TINY, num_heads=8)  # wider: more values to judge by
     first, same, other = (named_leaves(nnx.state(hunyuan_video.random(config, seed=s), nnx.Param)) for s in (1, 1, 2))
     chex.assert_trees_all_equal(first, same)
     for name, leaf in first.items():
@@ -201,10 +201,22 @@ def test_random_parameters_follow_the_seed_and_keep_sizes():
     assert not np.array_equal(kernel[0], kernel[1])
 
 
+def test_random_parameters_are_made_where_they_belong():
+    mesh = jax.make_mesh((1,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    placed = hunyuan_video.random(
+        hunyuan_cases.TINY, sharding=lambda name: sharding if name.startswith("dual.") else None
+    )
+    for name, leaf in named_leaves(nnx.state(placed, nnx.Param)).items():
+        assert (leaf.sharding == sharding) == name.startswith("dual."), name
+    plain = hunyuan_video.random(hunyuan_cases.TINY)
+    chex.assert_trees_all_equal(*(named_leaves(nnx.state(model, nnx.Param)) for model in (placed, plain)))
+
+
 @pytest.mark.slow
 def test_random_activations_stay_finite_in_all_sixty_layers():
     config = dataclasses.replace(hunyuan_cases.TINY, num_dual_layers=20, num_single_layers=40, num_heads=8)
-    model = hunyuan_video.random(config, jnp.bfloat16)
+    model = hunyuan_video.random(config, dtype=jnp.bfloat16)
     inputs = hunyuan_cases.make_inputs(config=config)
     velocity = hunyuan_cases.compiled(model)(*inputs).velocity.astype(jnp.float32)
     assert bool(jnp.isfinite(velocity).all())

@@ -2,7 +2,7 @@
 
 from fgattn_jax.models.hunyuan_video.config import PRESETS, HunyuanVideoConfig
 from fgattn_jax.models.hunyuan_video.model import HunyuanVideoCondition, HunyuanVideoTransformer, text_lengths
-from fgattn_jax.models.hunyuan_video.weights import load, parameter_sources, random
+from fgattn_jax.models.hunyuan_video.weights import load, random, tensor_names
 
 __all__ = [
     "PRESETS",
@@ -10,7 +10,7 @@ __all__ = [
     "HunyuanVideoConfig",
     "HunyuanVideoTransformer",
     "load",
-    "parameter_sources",
     "random",
+    "tensor_names",
     "text_lengths",
 ]

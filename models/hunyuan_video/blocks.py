@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -17,7 +16,7 @@ from fgattn_jax.models.video.attention import Attended
 from fgattn_jax.models.video.layers import Linear, Norm, gelu, layer_norm
 from fgattn_jax.nn.rotary import rotate
 
-Rope = tuple[np.ndarray, np.ndarray]
+Rope = tuple[Array, Array]
 """Cosines and sines `[T, H/2]`."""
 Attend = Callable[[Array, Array, Array], Attended]
 """The joint attention of one layer: `(query, key, value)`, all `[B, T, N, H]`."""
@@ -121,7 +120,7 @@ class DualBlock(nnx.Module):
             self.modulation_text(vector), 6
         )
         query, key, value = self.attn.heads(modulate(video, shift, scale))
-        query, key = rotate(query, *map(jnp.asarray, rope)), rotate(key, *map(jnp.asarray, rope))
+        query, key = rotate(query, *rope), rotate(key, *rope)
         query_t, key_t, value_t = self.attn_text.heads(modulate(text, shift_t, scale_t))
         joined = (jnp.concatenate(pair, axis=1) for pair in ((query, query_t), (key, key_t), (value, value_t)))
         attended = attend(*joined)  # [B, T + S, N, H]
@@ -166,7 +165,7 @@ class SingleBlock(nnx.Module):
         shift, scale, gate = split_modulation(self.modulation(vector), 3)
         y = modulate(tokens, shift, scale)
         query, key, value = self.attn.heads(y)
-        attended = attend(rotate(query, *map(jnp.asarray, rope)), rotate(key, *map(jnp.asarray, rope)), value)
+        attended = attend(rotate(query, *rope), rotate(key, *rope), value)
         output = attended.output.reshape(*tokens.shape)
         y = self.out(jnp.concatenate([output, gelu(self.mlp(y))], axis=-1))
         return tokens + gate * y, attended.state
@@ -175,7 +174,8 @@ class SingleBlock(nnx.Module):
 def with_still_text(rope: Rope, num_text: int) -> Rope:
     """The tables with angles of zero behind them: text tokens stay as they are, exactly."""
     cos, sin = rope
-    return np.pad(cos, ((0, num_text), (0, 0)), constant_values=1), np.pad(sin, ((0, num_text), (0, 0)))
+    still = (num_text, cos.shape[-1])
+    return jnp.concatenate([cos, jnp.ones(still, cos.dtype)]), jnp.concatenate([sin, jnp.zeros(still, sin.dtype)])
 
 
 def split_modulation(x: Float[Array, "B P"], num_parts: int) -> list[Float[Array, "B 1 D"]]:

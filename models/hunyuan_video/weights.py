@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,13 +13,20 @@ from jaxtyping import Array
 from fgattn_jax.models._leaves import leaf_name
 from fgattn_jax.models.hunyuan_video.config import CLASS_NAME, HunyuanVideoConfig
 from fgattn_jax.models.hunyuan_video.model import HunyuanVideoTransformer
-from fgattn_jax.models.video.checkpoint import Placement, Progress, Source, load_stacked, read_config
+from fgattn_jax.models.video.checkpoint import (
+    Placement,
+    Progress,
+    Source,
+    load_stacked,
+    placement,
+    read_config,
+)
 
 
 def load(
     directory: str | pathlib.Path,
-    dtype: Any = jnp.bfloat16,
     *,
+    dtype: Any = jnp.bfloat16,
     sharding: Placement = None,
     progress: Progress | None = None,
 ) -> HunyuanVideoTransformer:
@@ -37,12 +45,14 @@ def load(
     """
     config = HunyuanVideoConfig.from_json(read_config(directory, class_name=CLASS_NAME))
     graph, template = _abstract(config, dtype)
-    params = load_stacked(directory, parameter_sources(config), template, sharding=sharding, progress=progress)
+    params = load_stacked(directory, tensor_names(config), template, sharding=sharding, progress=progress)
     return nnx.merge(graph, params)
 
 
-def random(config: HunyuanVideoConfig, dtype: Any = jnp.bfloat16, seed: int = 0) -> HunyuanVideoTransformer:
-    """A model with random parameters, made on the device, for timing without weights: its velocity means nothing.
+def random(
+    config: HunyuanVideoConfig, *, dtype: Any = jnp.bfloat16, seed: int = 0, sharding: Placement = None
+) -> HunyuanVideoTransformer:
+    """A model with random parameters, made on its devices, for timing without weights: its velocity means nothing.
 
     Kernels keep the size of what they multiply, so that activations stay finite at any depth; biases are 0, norms 1.
 
@@ -50,19 +60,23 @@ def random(config: HunyuanVideoConfig, dtype: Any = jnp.bfloat16, seed: int = 0)
         config: sizes.
         dtype: of all parameters: bfloat16 or float32.
         seed: the same seed gives the same parameters.
+        sharding: see `load`.
 
     Raises:
-        ValueError: `dtype` is another one.
+        ValueError: `dtype` is another one, or a pytree of shardings does not fit.
     """
     graph, template = _abstract(config, dtype)
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
-    keys = jax.random.split(jax.random.key(seed), len(paths))
-    # One program a parameter: one for all would hold the random bits of several at once.
-    made = [_random_leaf(key, leaf_name(path), leaf) for key, (path, leaf) in zip(keys, paths, strict=True)]
+    keys, place = jax.random.split(jax.random.key(seed), len(paths)), placement(sharding, template)
+    made = []
+    for key, (path, leaf) in zip(keys, paths, strict=True):
+        # One program a parameter: one for all would hold the random bits of several at once.
+        name = leaf_name(path)
+        made.append(_draw_on(place(name))(key, name.rsplit(".", 1)[-1], leaf.shape, leaf.dtype))
     return nnx.merge(graph, jax.tree_util.tree_unflatten(structure, made))
 
 
-def parameter_sources(config: HunyuanVideoConfig) -> dict[str, Source]:
+def tensor_names(config: HunyuanVideoConfig) -> dict[str, Source]:
     """Where diffusers keeps each parameter, by its name here."""
     sources: dict[str, Source] = {}
 
@@ -156,15 +170,16 @@ def _abstract(config: HunyuanVideoConfig, dtype: Any) -> tuple[Any, Any]:
     return nnx.split(model, nnx.Param)
 
 
-def _random_leaf(key: Array, name: str, leaf: jax.ShapeDtypeStruct) -> Array:
-    if name.endswith(".kernel"):
-        return _random_kernel(key, leaf.shape, leaf.dtype)
-    return jnp.full(leaf.shape, name.endswith(".scale"), leaf.dtype)
+@functools.cache
+def _draw_on(sharding: jax.sharding.Sharding | None) -> Callable[..., Array]:
+    """`_draw` with its result placed; one function a sharding, so that equal shapes are compiled once."""
+    return jax.jit(_draw, static_argnums=(1, 2, 3), out_shardings=sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_kernel(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+def _draw(key: Array, kind: str, shape: tuple[int, ...], dtype: Any) -> Array:
     def draw(key: Array) -> Array:
         return jax.random.normal(key, shape[-2:], dtype) * jnp.asarray(shape[-2] ** -0.5, dtype)
 
+    if kind != "kernel":
+        return jnp.full(shape, kind == "scale", dtype)
     return draw(key) if len(shape) == 2 else jax.lax.map(draw, jax.random.split(key, shape[0]))
