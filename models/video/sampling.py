@@ -12,6 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from fgattn_jax.models.video.attention import dense, plain
@@ -129,7 +130,7 @@ def sample(
 
     numbers = np.asarray([kinds.index(kind) for kind in schedule], np.int32)
     rows = _Rows(np.arange(steps, dtype=np.int32), numbers, table)
-    carry = (scheduler.start(latents), masks)
+    carry = _beside(state, (scheduler.start(latents), masks))
     run = functools.partial(_run, program, state, stacked, jnp.float32(guidance))
     if progress is None:
         (scheduled, masks), density = run(carry, rows)
@@ -227,6 +228,22 @@ def _calls(program: _Program, state, latents, condition):
     query, key, num_text = calls[0]
     arrays = [jnp.zeros(shape.shape, shape.dtype) for shape in (query, key)]
     return *arrays, None if num_text is None else jnp.zeros((num_text,))
+
+
+def _beside(state: Any, carry: Any) -> Any:
+    """The carry committed to the devices of the weights where those, or some of the carry, have a place of their own.
+
+    Else a run step by step would be compiled a second time for the carry that the first step gives.
+    """
+    leaves = [*jax.tree.leaves(state), *jax.tree.leaves(carry)]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or not any(leaf.committed for leaf in leaves):
+        return carry
+    sharding = leaves[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.device_put(leaf, sharding.with_memory_kind(leaf.sharding.memory_kind)), carry
+    )
 
 
 def _check_attention(attention: Any) -> SliceMasks | Callable[..., Array] | None:

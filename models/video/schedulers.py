@@ -157,8 +157,8 @@ class UniPC:
         Args:
             carry: from `start` or the step before.
             row: scalars of this step (a row of the table).
-            velocity: of the model at `carry.latents`. With 16 bits its product with sigma is rounded to them, as it is
-                in torch; all else is float32.
+            velocity: of the model at `carry.latents`. With 16 bits its product with sigma is rounded to them, as
+                torch does it on a GPU (on a CPU it rounds sigma too); all else is float32.
         """
         x0 = carry.latents - _rounded_product(row.sigma, velocity)
         corrected = (
@@ -229,7 +229,7 @@ class FlowEuler:
             carry: from `start` or the step before.
             row: scalars of this step (a row of the table).
             velocity: of the model at `carry.latents`. With 16 bits its product with the change of sigma is rounded to
-                them, and so are the new latents, as diffusers does it; the array stays float32.
+                them, and so are the new latents, as diffusers does it on a GPU; the array stays float32.
         """
         latents = carry.latents + _rounded_product(row.change, velocity)
         return EulerCarry(round_to(latents, velocity.dtype))
