@@ -260,6 +260,9 @@ def test_directories_that_are_no_checkpoint_are_named(tmp_path, capsys):
     assert "FluxTransformer2DModel" in refused(capsys, "--model", str(tmp_path), *argv)
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config | {"image_dim": 1280}))
     assert "image" in refused(capsys, "--model", str(tmp_path), *argv)
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.9}))
+    assert "Wan 2.2" in refused(capsys, "--model", str(tmp_path), *argv)
 
 
 def test_embeddings_must_fit_the_model_and_its_guidance(tmp_path, capsys):

@@ -110,7 +110,7 @@ def detect(directory: Path) -> FamilyFacts:
     Raises:
         ValueError: The directory is no diffusers checkpoint, or of another class.
     """
-    from fgattn_jax.models.video.checkpoint import read_config
+    from fgattn_jax.models.video.layout import read_config
 
     name = read_config(directory).get("_class_name")
     for facts in FAMILIES.values():
@@ -126,9 +126,7 @@ def read_model_config(directory: Path, facts: FamilyFacts) -> Any:
     Raises:
         ValueError: It is a variant that is not supported.
     """
-    from fgattn_jax.models.video.checkpoint import read_config
-
-    return _config_class(facts.family).from_json(read_config(directory))
+    return _package(facts.family).read_sizes(directory)
 
 
 def random_config(model: RandomModel) -> Any:
