@@ -8,7 +8,7 @@ PARALLEL = -n $(WORKERS) --dist worksteal
 export PYTHON PINS JAX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cuda-build test-pallas-compile lint format study bench clean
+.PHONY: help demo test test-slow test-torch test-cuda-build test-pallas-compile lint format study bench clean
 
 help:
 	@echo "fgattn_jax: fine-grained sparse attention for JAX"
@@ -16,6 +16,7 @@ help:
 	@echo "  make demo     denoise a clip twice, dense and with cached slice masks; pictures and a table of figures"
 	@echo "  make test     the whole suite, but for tests that take long;    ARGS='-k masks -x'"
 	@echo "  make test-slow  the tests that take long"
+	@echo "  make test-torch  the tests against diffusers; installs torch;    PINS='torch==2.13.0'"
 	@echo "  make test-cuda-build  compile the CUDA library as pip does, and check what came out; no GPU needed"
 	@echo "  make test-pallas-compile  compile the Pallas kernel for an H100, and check what came out; no GPU needed;"
 	@echo "                                                                  JAX=0.11.2"
@@ -38,6 +39,11 @@ test:
 
 test-slow:
 	@venv=$$(sh scripts/venv.sh test,demo) && "$$venv/bin/python" -m pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
+
+# Models, samplers and whole runs against the installed diffusers. The count is that of today, for the same reason as below.
+test-torch:
+	@venv=$$(sh scripts/venv.sh test,demo,torch,video) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 "$$venv/bin/python" -m pytest \
+		$(PARALLEL) -m "torch and not gpu" --require-torch --min-passed 27 $(ARGS)
 
 # The count keeps a run that collected nothing from passing.
 test-cuda-build:

@@ -76,7 +76,11 @@ def _tally(config: pytest.Config) -> gpu_ledger.Tally:
     return gpu_ledger.Tally(parts)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m torch` is applied
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "torch_models" in getattr(item, "fixturenames", ()):
+            item.add_marker("torch")
     if config.getoption("--resume"):
         done = set(gpu_ledger.noted(config.getoption("--resume"))[0])
         _leave_out(config, items, [item for item in items if item.nodeid in done])

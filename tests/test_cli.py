@@ -9,7 +9,7 @@ import pytest
 from fgattn_jax import masks
 from fgattn_jax.cli.main import main
 
-COMMANDS = ["demo", "explain", "mask-stats", "bench", "tune", "study"]
+COMMANDS = ["demo", "generate", "explain", "mask-stats", "bench", "tune", "study"]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 _COMMANDS = {
     "demo": "denoise a clip twice, dense and with cached slice masks; pictures and a table of figures",
+    "generate": "a clip from a prompt with Wan 2.1 or HunyuanVideo, dense or with slice masks",
     "explain": "which implementation would run a call, and why the others would not",
     "mask-stats": "density, kept counts and memory of a saved mask",
     "bench": "measure attention on this machine",
@@ -18,11 +19,21 @@ _COMMANDS = {
 _DESCRIPTION = "Fine-grained sparse attention for JAX: a mask keeps or skips slices of M neighbouring queries x 1 key."
 
 # Modules that only extras install.
-_EXTRAS = {"matplotlib": "demo", "imageio": "train", "skvideo": "train"}
+_EXTRAS = {
+    "matplotlib": "demo",
+    "imageio": "train",
+    "skvideo": "train",
+    "torch": "torch",
+    "diffusers": "torch",
+    "transformers": "torch",
+    "imageio_ffmpeg": "video",
+    "tqdm": "video",
+}
 
 _EXAMPLES = """\
 examples:
   fgattn demo                                            pictures and figures into demo_output/
+  fgattn generate --model DIR --prompt "A cat surfs." --out cat.mp4
   fgattn explain --queries 32760 --heads 12 --head-dim 128 --density 0.2
   fgattn mask-stats mask.safetensors --plot mask.png
   fgattn COMMAND --help                                  all options of a command, with examples

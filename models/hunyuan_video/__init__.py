@@ -2,7 +2,7 @@
 
 from fgattn_jax.models.hunyuan_video.config import PRESETS, HunyuanVideoConfig
 from fgattn_jax.models.hunyuan_video.model import HunyuanVideoCondition, HunyuanVideoTransformer, text_lengths
-from fgattn_jax.models.hunyuan_video.weights import load, random, tensor_names
+from fgattn_jax.models.hunyuan_video.weights import load, random, read_sizes, tensor_names
 
 __all__ = [
     "PRESETS",
@@ -11,6 +11,7 @@ __all__ = [
     "HunyuanVideoTransformer",
     "load",
     "random",
+    "read_sizes",
     "tensor_names",
     "text_lengths",
 ]

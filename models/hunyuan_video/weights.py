@@ -23,6 +23,18 @@ from fgattn_jax.models.video.checkpoint import (
 )
 
 
+def read_sizes(directory: str | pathlib.Path) -> HunyuanVideoConfig:
+    """The config of a checkpoint, refused as `load` refuses it; weights are not touched.
+
+    Args:
+        directory: see `load`.
+
+    Raises:
+        ValueError: the directory holds no text-to-video HunyuanVideo checkpoint in the layout of diffusers.
+    """
+    return HunyuanVideoConfig.from_json(read_config(directory, class_name=CLASS_NAME))
+
+
 def load(
     directory: str | pathlib.Path,
     *,
@@ -43,7 +55,7 @@ def load(
         ValueError: files are missing, corrupt, of another layout or of another model, image-to-video ones included; or
             `dtype` is another one.
     """
-    config = HunyuanVideoConfig.from_json(read_config(directory, class_name=CLASS_NAME))
+    config = read_sizes(directory)
     graph, template = _abstract(config, dtype)
     params = load_stacked(directory, tensor_names(config), template, sharding=sharding, progress=progress)
     return nnx.merge(graph, params)

@@ -261,9 +261,7 @@ def _beside(state: Any, carry: Any) -> Any:
     sharding = leaves[0].sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda leaf: jax.device_put(leaf, sharding.with_memory_kind(leaf.sharding.memory_kind)), carry
-    )
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding.with_memory_kind(leaf.sharding.memory_kind)), carry)
 
 
 def _check_attention(attention: Any) -> SliceMasks | Callable[..., Array] | None:

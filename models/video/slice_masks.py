@@ -125,9 +125,7 @@ class SliceMasks:
             used.add("cached")
         return tuple(kind for kind in KINDS if kind in used)
 
-    def start(
-        self, call: Call, *, kinds: tuple[StepKind, ...], num_layers: int, num_branches: int
-    ) -> VideoMaskState:
+    def start(self, call: Call, *, kinds: tuple[StepKind, ...], num_layers: int, num_branches: int) -> VideoMaskState:
         """The state before the first step: room for the masks, if any attention reads those of another call.
 
         Args:

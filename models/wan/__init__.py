@@ -2,6 +2,6 @@
 
 from fgattn_jax.models.wan.config import PRESETS, WanConfig
 from fgattn_jax.models.wan.model import WanCondition, WanTransformer
-from fgattn_jax.models.wan.weights import load, random
+from fgattn_jax.models.wan.weights import load, random, read_sizes
 
-__all__ = ["PRESETS", "WanCondition", "WanConfig", "WanTransformer", "load", "random"]
+__all__ = ["PRESETS", "WanCondition", "WanConfig", "WanTransformer", "load", "random", "read_sizes"]

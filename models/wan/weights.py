@@ -56,6 +56,19 @@ def tensor_names(config: WanConfig) -> dict[str, Source]:
     return names
 
 
+def read_sizes(directory: str | pathlib.Path) -> WanConfig:
+    """The config of a checkpoint, refused as `load` refuses it; weights are not touched.
+
+    Args:
+        directory: see `load`.
+
+    Raises:
+        ValueError: the directory holds no Wan 2.1 text-to-video checkpoint in the layout of diffusers.
+    """
+    _refuse_wan22(read_pipeline(directory), directory)
+    return WanConfig.from_json(read_config(directory, class_name=CLASS_NAME))
+
+
 def load(
     directory: str | pathlib.Path,
     *,
@@ -80,8 +93,7 @@ def load(
         ValueError: the directory holds no such checkpoint (image-to-video, Wan 2.2, the original layout and other
             models are named), files are missing or corrupt, or `dtype` is another one.
     """
-    _refuse_wan22(read_pipeline(directory), directory)
-    config = WanConfig.from_json(read_config(directory, class_name=CLASS_NAME))
+    config = read_sizes(directory)
     graph, shapes = _abstract(config, dtype, 0)
     params = load_stacked(
         directory, tensor_names(config), shapes, ignored=IGNORED, sharding=sharding, progress=progress

@@ -9,6 +9,7 @@ Arrays, `NAME` being `unipc` or `euler` and `SHIFT` the shift:
     NAME/float32, NAME/bfloat16               latents: the start, then after every step, with CFG 5 in that dtype
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def multiply_as_on_gpus(made) -> None:
     """Let the sigmas of a scheduler multiply as they do on a GPU, now and whenever timesteps are set."""
     set_timesteps = made.set_timesteps
 
+    @functools.wraps(set_timesteps)
     def wrapped(*arguments, **settings):
         set_timesteps(*arguments, **settings)
         made.sigmas = made.sigmas.as_subclass(GpuFactor)
