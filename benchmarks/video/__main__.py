@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.video.worker import ATTENTIONS, StepTimes, measure
+from benchmarks.video.worker import StepTimes, measure
 from fgattn_jax.cli._generate_families import RANDOM_MODELS, random_config
 from fgattn_jax.evaluation import tables
 
@@ -72,12 +72,12 @@ def video_seconds(name: str, seconds: dict[str, float]) -> float:
 
 
 def extrapolated(few: StepTimes, many: StepTimes, layers: int, all_layers: int) -> StepTimes:
-    """Times of all layers from models of `layers` and twice as many; memory is that of the larger one."""
+    """Times and masks of all layers from models of `layers` and twice as many; the peak is that of the larger one."""
     seconds = {
         kind: few.seconds[kind] + (all_layers - layers) / layers * (many.seconds[kind] - few.seconds[kind])
         for kind in few.seconds
     }
-    return dataclasses.replace(many, seconds=seconds)
+    return dataclasses.replace(many, seconds=seconds, mask_bytes=few.mask_bytes * all_layers // layers)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:

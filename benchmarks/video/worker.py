@@ -5,11 +5,8 @@ import statistics
 from typing import Any
 
 from fgattn_jax.cli import _generate_families as families
-from fgattn_jax.evaluation import model_shapes
 
 QUERY_BLOCK = 128
-ATTENTIONS = ("dense", "none", "cached", "mean-query")
-"""What runs: dense attention, no attention at all (its values are handed on), masks that are kept, masks of each step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +26,15 @@ class StepTimes:
     mask_bytes: int
 
 
-def measure(shape: str, attention: str, *, density: float, layers: int | None, repeats: int, on_host: bool) -> StepTimes:
+def measure(
+    shape: str, attention: str, *, density: float, layers: int | None, repeats: int, on_host: bool
+) -> StepTimes:
     """Time denoising steps of a model with random weights.
 
     Args:
         shape: a name of `fgattn generate --random-weights`.
-        attention: one of `ATTENTIONS`.
+        attention: "dense"; "none", values handed on as they are; "cached", exact masks that are kept; "mean-query",
+            masks made at every step.
         density: share of the keys that every row keeps.
         layers: that many layers instead of all.
         repeats: steps of each kind that are timed, after one that is not.
@@ -116,11 +116,3 @@ def hand_on(query: Any, key: Any, value: Any, key_value_seq_lengths: Any = None)
     """In the place of attention: what all else of a step takes."""
     del key, key_value_seq_lengths
     return value + 0 * query
-
-
-def find_shape(name: str) -> Any:
-    """The sizes of the attention of a published model, None for a tiny one."""
-    try:
-        return model_shapes.find(name)
-    except ValueError:
-        return None

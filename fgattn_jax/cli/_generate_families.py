@@ -126,13 +126,13 @@ def read_model_config(directory: Path, facts: FamilyFacts) -> Any:
     Raises:
         ValueError: It is a variant that is not supported.
     """
-    return _package(facts.family).read_sizes(directory)
+    return package(facts.family).read_sizes(directory)
 
 
 def random_config(model: RandomModel) -> Any:
     """Sizes of a model without weights."""
     if model.preset is not None:
-        return _package(model.family).PRESETS[model.preset]
+        return package(model.family).PRESETS[model.preset]
     config = _config_class(model.family)
     if model.family == "wan":
         return config(num_heads=2, head_dim=32, num_layers=2, hidden_dim=128, text_dim=64)
@@ -150,12 +150,12 @@ def random_config(model: RandomModel) -> Any:
 
 def load_model(directory: Path, facts: FamilyFacts, *, dtype: Any, progress: Callable[[str, int, int], None]) -> Any:
     """The transformer of a checkpoint directory, on the default device."""
-    return _package(facts.family).load(directory, dtype=dtype, progress=progress)
+    return package(facts.family).load(directory, dtype=dtype, progress=progress)
 
 
 def random_model(model: RandomModel, *, dtype: Any, seed: int) -> Any:
     """A transformer of random weights, made on the default device."""
-    return _package(model.family).random(random_config(model), dtype=dtype, seed=seed)
+    return package(model.family).random(random_config(model), dtype=dtype, seed=seed)
 
 
 def random_embeddings(model: RandomModel, seed: int) -> PromptEmbeddings:
@@ -198,7 +198,7 @@ def conditions(embeddings: PromptEmbeddings, *, num_branches: int, guidance: flo
             )
         text = jnp.asarray(arrays["text"])
         if embeddings.family == "wan":
-            made.append(_package("wan").WanCondition(text))
+            made.append(package("wan").WanCondition(text))
             continue
         if arrays["pooled"].shape[-1] != config.pooled_dim:
             raise ValueError(
@@ -207,7 +207,7 @@ def conditions(embeddings: PromptEmbeddings, *, num_branches: int, guidance: flo
             )
         scale = jnp.full((1,), guidance, jnp.float32) if config.guidance_embeds else None
         lengths, pooled = jnp.asarray(arrays["lengths"]), jnp.asarray(arrays["pooled"])
-        made.append(_package("hunyuan_video").HunyuanVideoCondition(text, lengths, pooled, scale))
+        made.append(package("hunyuan_video").HunyuanVideoCondition(text, lengths, pooled, scale))
     return made
 
 
@@ -231,11 +231,12 @@ def scheduler(facts: FamilyFacts, directory: Path | None, shift: float | None, s
     return made if shift is None else dataclasses.replace(made, **{field: shift})
 
 
-def _package(family: Family) -> Any:
+def package(family: Family) -> Any:
+    """The module of a family: its config, presets, `load` and `random`."""
     import importlib
 
     return importlib.import_module(f"fgattn_jax.models.{family}")
 
 
 def _config_class(family: Family) -> Any:
-    return getattr(_package(family), "WanConfig" if family == "wan" else "HunyuanVideoConfig")
+    return getattr(package(family), "WanConfig" if family == "wan" else "HunyuanVideoConfig")

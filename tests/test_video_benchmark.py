@@ -1,0 +1,51 @@
+"""The benchmark of whole denoising steps: sums over a video, extrapolation, rows. Tiny models; no speed is checked."""
+
+import json
+
+import pytest
+
+from benchmarks.video.__main__ import extrapolated, main, video_seconds
+from benchmarks.video.worker import StepTimes, measure, with_layers
+from fgattn_jax.models import hunyuan_video, wan
+
+
+def test_a_video_is_fifty_steps_with_new_masks_every_fifteen():
+    assert video_seconds("dense", {"dense": 2.0}) == 100.0
+    assert video_seconds("mean-query", {"refresh": 2.0}) == 100.0
+    assert video_seconds("cached", {"refresh": 3.0, "cached": 1.0}) == 4 * 3.0 + 46 * 1.0
+
+
+def test_layers_are_extrapolated_on_a_line():
+    few = StepTimes({"refresh": 1.5, "cached": 1.1}, 0.3, None, 10)
+    many = StepTimes({"refresh": 2.5, "cached": 1.3}, 0.3, 7, 20)
+    all_layers = extrapolated(few, many, 2, 30)
+    assert all_layers.seconds == pytest.approx({"refresh": 0.5 + 30 * 0.5, "cached": 0.9 + 30 * 0.1})
+    assert (all_layers.mask_bytes, all_layers.peak_bytes) == (150, 7)
+
+
+def test_fewer_layers_keep_the_kinds_of_blocks():
+    assert with_layers(wan.PRESETS["wan-1.3b"], 4).num_attentions == 4
+    few = with_layers(hunyuan_video.HunyuanVideoConfig(), 6)
+    assert (few.num_dual_layers, few.num_single_layers) == (2, 4)
+    with pytest.raises(ValueError, match="multiple of 3 for HunyuanVideo, got 4"):
+        with_layers(hunyuan_video.HunyuanVideoConfig(), 4)
+
+
+def test_steps_of_each_kind_are_timed_and_densities_are_those_asked_for():
+    found = measure("wan-tiny", "cached", density=0.25, layers=1, repeats=1, on_host=False)
+    assert set(found.seconds) == {"refresh", "cached"}
+    assert found.density == pytest.approx(0.25, abs=0.01)
+    assert found.mask_bytes > 0
+
+
+@pytest.mark.slow
+def test_rows_name_what_was_not_measured(tmp_path, capsys):
+    rows = tmp_path / "video.json"
+    assert main(["--shapes", "hunyuan-tiny", "--repeats", "1", "--results", str(rows)]) == 0
+    assert main(["--shapes", "hunyuan-tiny", "--budget-s", "-1", "--results", str(rows)]) == 1
+    assert "hunyuan-tiny cached 0.35: no time left" in capsys.readouterr().err
+    kept = {row["attention"]: row for row in json.loads(rows.read_text())}
+    assert set(kept) == {"dense", "none", "cached", "mean-query"}
+    assert kept["dense"]["speed"] == 1
+    assert kept["cached"]["refresh_s"] > 0
+    assert kept["cached"]["weights"] == "random"
