@@ -9,8 +9,8 @@ import json
 import pathlib
 import sys
 
-import torch
-from diffusers import WanTransformer3DModel
+import torch  # pyright: ignore[reportMissingImports]
+from diffusers import WanTransformer3DModel  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file, save_file
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden" / "wan"
