@@ -24,7 +24,13 @@ def arrays(tensors):
     return {name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for name, tensor in tensors}
 
 
-@pytest.mark.parametrize(("changes", "size", "num_text", "lengths"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("changes", "size", "num_text", "lengths"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name.startswith("more heads") else [])
+        for name, case in CASES.items()
+    ],
+)
 def test_every_module_equals_diffusers(tmp_path, changes, size, num_text, lengths):
     import hunyuan_torch
 
