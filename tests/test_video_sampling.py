@@ -101,7 +101,10 @@ def test_every_branch_and_layer_has_masks_of_its_own(cached):
 
 
 def test_cached_masks_are_those_the_predictor_makes_of_the_dense_forward(model):
-    condition, settings = cases.conditions(1), {"scheduler": FlowEuler(1.0), "attention": SliceMasks(ExactPredictor(16))}
+    condition, settings = (
+        cases.conditions(1),
+        {"scheduler": FlowEuler(1.0), "attention": SliceMasks(ExactPredictor(16))},
+    )
     found = sample(model, condition, cases.noise(), steps=2, **settings)
 
     def attend(query, key, value, state, *, layer, text):
@@ -167,9 +170,7 @@ def test_mean_queries_attend_under_the_mask_of_the_same_step_and_keep_it(model):
 
 def test_dense_layers_stay_dense_and_make_no_masks(model):
     policy = RefreshPolicy(dense_layers=(0,))
-    found = sample(
-        model, cases.conditions(), cases.noise(), attention=SliceMasks(ExactPredictor(16), policy), **UNIPC
-    )
+    found = sample(model, cases.conditions(), cases.noise(), attention=SliceMasks(ExactPredictor(16), policy), **UNIPC)
     np.testing.assert_array_equal(found.density[:, 0], 1)
     assert (np.asarray(found.density[1:, 1]) < 0.9).all()
     assert not np.asarray(found.masks.stored.bits[:, 0]).any()

@@ -1,8 +1,8 @@
-"""Slice masks over denoising steps: bits of all guidance branches and layers in one buffer, written at refresh steps."""
+"""Slice masks over denoising steps: bits of all branches and layers in one buffer, written at refresh steps."""
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,9 +125,7 @@ class SliceMasks:
             used.add("cached")
         return tuple(kind for kind in KINDS if kind in used)
 
-    def start(
-        self, call: Call, *, kinds: tuple[StepKind, ...], num_layers: int, num_branches: int
-    ) -> VideoMaskState:
+    def start(self, call: Call, *, kinds: tuple[StepKind, ...], num_layers: int, num_branches: int) -> VideoMaskState:
         """The state before the first step: room for the masks, if any attention reads those of another call.
 
         Args:
@@ -236,8 +234,8 @@ class SliceMasks:
         mask = jax.eval_shape(predict, call.query, call.key, lse, lengths)
         if (mask.query_order is None) != (getattr(self.predictor, "query_order", None) is None):
             raise ValueError(
-                f"expected masks in the `query_order` of the predictor, got another from {type(self.predictor).__name__}"
-                ": an order that depends on queries and keys is not kept between steps"
+                "expected masks in the `query_order` of the predictor, got another from "
+                f"{type(self.predictor).__name__}: an order that depends on queries and keys is not kept between steps"
             )
         return mask
 
@@ -282,8 +280,8 @@ def probe(calls: list[Call]) -> VideoAttention:
 
 
 def _asked(query: Array, key: Array, text: TextTail | None) -> Call:
-    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (query, key)]
-    return Call(*shapes, None if text is None else text.num_tokens)
+    query_shape, key_shape = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (query, key))
+    return Call(query_shape, key_shape, None if text is None else text.num_tokens)
 
 
 def _take(buffer: Array, place: tuple[Array, Array]) -> Array:
@@ -299,7 +297,7 @@ def _to_device(array: Array) -> Array:
     return jax.device_put(array, jax.memory.Space.Device)
 
 
-def _to_host(array: Array) -> Array:
+def _to_host(array: Array | np.ndarray) -> Array:
     return jax.device_put(array, jax.memory.Space.Host)
 
 
