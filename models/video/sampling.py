@@ -58,7 +58,7 @@ def sample(
     """Denoise from noise to latents: dense, with slice masks, or with any attention.
 
     All steps are one compiled program, which holds the model once: calls of the same shapes, model structure and
-    settings trace once, whatever weights, noise, conditions and strength of guidance. The dense reference of a sparse
+    settings trace once, whatever weights, noise, conditions, strength of guidance and shift of the scheduler. The dense reference of a sparse
     run is the same call with `attention="dense"`.
 
     Args:
@@ -105,6 +105,7 @@ def sample(
             "fgattn_jax.models.video.schedulers"
         )
     table = scheduler.table(steps)
+    steps = len(table.timestep)
     if match_diffusers_bf16 and jnp.dtype(model.dtype) != jnp.bfloat16:
         raise ValueError(
             f"expected a bfloat16 model with `match_diffusers_bf16`, got dtype={jnp.dtype(model.dtype).name}: leave it "
@@ -113,21 +114,22 @@ def sample(
     if match_diffusers_bf16:
         stacked = pipeline_condition(stacked)
 
-    attention = _check_attention(attention)
+    chosen = _check_attention(attention)
     num_layers = model.config.num_attentions
     schedule: tuple[StepKind, ...] = ("dense",) * steps
     kinds: tuple[StepKind, ...] = ("dense",)
-    if isinstance(attention, SliceMasks):
-        kinds = attention.kinds(steps, num_layers, num_branches)
-        schedule = attention.refresh.schedule(steps) if kinds != ("dense",) else schedule
+    if isinstance(chosen, SliceMasks):
+        kinds = chosen.kinds(steps, num_layers, num_branches)
+        schedule = chosen.refresh.schedule(steps) if kinds != ("dense",) else schedule
     graph, state = nnx.split(model)
-    program = _Program(graph, scheduler, attention, kinds, num_layers, match_diffusers_bf16)
+    # Its shift is in the table: programs of all shifts are one.
+    program = _Program(graph, type(scheduler)(), chosen, kinds, num_layers, match_diffusers_bf16)
     masks = None
-    if isinstance(attention, SliceMasks):
+    if isinstance(chosen, SliceMasks):
         first = jax.tree.map(lambda leaf: leaf[0], stacked)
         query, key, text = _calls.eval_shape(program, state, latents, first)
         call = Call(query, key, None if text is None else text.shape[0])
-        masks = attention.start(call, kinds=kinds, num_layers=num_layers, num_branches=num_branches)
+        masks = chosen.start(call, kinds=kinds, num_layers=num_layers, num_branches=num_branches)
 
     numbers = np.asarray([kinds.index(kind) for kind in schedule], np.int32)
     rows = _Rows(np.arange(steps, dtype=np.int32), numbers, table)
@@ -292,7 +294,7 @@ def _noise(noise: Any, batch: int, config: Any) -> Float32[Array, "B C F Y X"]:
     """The start, drawn if it is a key and a size."""
     expected = batch, config.in_channels
     if isinstance(noise, tuple):
-        key, size = noise if len(noise) == 2 else (None, None)
+        key, size = noise if len(noise) == 2 else (None, ())
         if (
             not isinstance(key, jax.Array)
             or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -305,8 +307,8 @@ def _noise(noise: Any, batch: int, config: Any) -> Float32[Array, "B C F Y X"]:
         latents = jax.random.normal(key, (*expected, *size), jnp.float32)
     elif jnp.ndim(noise) != 5 or jnp.shape(noise)[:2] != expected:
         raise ValueError(
-            f"expected `noise` of shape [B={batch}, C={expected[1]}, F, Y, X] or a pair (jax.random key, (F, Y, X)), got "
-            f"shape={jnp.shape(noise)}"
+            f"expected `noise` of shape [B={batch}, C={expected[1]}, F, Y, X] or a pair (jax.random key, (F, Y, X)), "
+            f"got shape={jnp.shape(noise)}"
         )
     else:
         latents = jnp.asarray(noise, jnp.float32)

@@ -272,9 +272,9 @@ def probe(calls: list[Call]) -> VideoAttention:
     """An attention that notes in `calls` what the model asks, for `jax.eval_shape` of a forward."""
 
     def attend(query, key, value, state, *, layer, text) -> Attended:
-        del key, layer
-        calls.append(_asked(query, value, text))
-        return Attended(query, state)
+        del layer
+        calls.append(_asked(query, key, text))
+        return Attended(value, state)
 
     return attend
 
