@@ -1,5 +1,7 @@
 """The sampler of the video models with a tiny model: masks over steps and branches, one program, errors."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import video_cases as cases
 
+from fgattn_jax.models.video import sampling
 from fgattn_jax.models.video.attention import Attended
 from fgattn_jax.models.video.pipeline_casts import pipeline_condition, pipeline_guidance, pipeline_timestep
 from fgattn_jax.models.video.sampling import sample
@@ -146,6 +149,22 @@ def test_masks_on_the_host_give_what_masks_on_the_device_give(model, cached):
 
 def _record(seen):
     return lambda *report: seen.append(report)
+
+
+def test_the_buffer_of_all_masks_stays_where_it_is(model, monkeypatch):
+    run, programs = sampling._run, []
+
+    def compiled_run(program, *arguments):
+        programs.append(run.lower(program, *arguments).compile())
+        return programs[0](*arguments)
+
+    monkeypatch.setattr(sampling, "_run", compiled_run)
+    bits = _cached(model).masks.stored.bits
+    shape = ",".join(map(str, bits.shape))
+    text = programs[0].as_text()
+    assert f"u32[{shape}]" in text
+    assert not re.findall(rf"= u32\[{shape}\]\S* copy\(", text)
+    assert programs[0].memory_analysis().alias_size_in_bytes >= bits.nbytes
 
 
 def test_mean_queries_at_every_step_keep_no_masks(model, dense):

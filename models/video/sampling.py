@@ -58,8 +58,8 @@ def sample(
     """Denoise from noise to latents: dense, with slice masks, or with any attention.
 
     All steps are one compiled program, which holds the model once: calls of the same shapes, model structure and
-    settings trace once, whatever weights, noise, conditions, strength of guidance and shift of the scheduler. The dense reference of a sparse
-    run is the same call with `attention="dense"`.
+    settings trace once, whatever weights, noise, conditions, strength of guidance and shift of the scheduler. The dense
+    reference of a sparse run is the same call with `attention="dense"`.
 
     Args:
         model: a `VideoModel`.

@@ -78,7 +78,7 @@ class SliceMasks:
         shared_branches: one set of masks for both branches of guidance, made by the conditional one. The other
             attends under it at refresh steps too.
         on_host: keep the bits in pinned host memory: those of one layer at a time are on the device, copied there
-            when used and back when made.
+            before the layer and back behind it at every step, whatever its kind.
         implementation: runs attention with masks, as in `fgattn_jax.attention`.
 
     Raises:
