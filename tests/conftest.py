@@ -1,6 +1,7 @@
 """Options and fixtures of the whole suite."""
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -160,8 +161,8 @@ def run_python() -> Callable[..., str]:
 def torch_models(request: pytest.FixtureRequest) -> None:
     """Skips the test where torch and diffusers do not import; with --require-torch, fails it."""
     try:
-        import diffusers  # noqa: F401
-        import torch
+        importlib.import_module("diffusers")
+        torch = importlib.import_module("torch")
     except ImportError as error:
         if request.config.getoption("--require-torch"):
             pytest.fail(f"--require-torch: torch and diffusers do not import: {error}", pytrace=False)

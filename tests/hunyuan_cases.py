@@ -84,9 +84,15 @@ def first_layer(stacked):
 
 
 def run_module(model, name, inputs):
-    """What the module gives for `inputs`, as `hunyuan_torch.MODULES` of the same name."""
+    """What the module gives for `inputs`, compiled, as `hunyuan_torch.MODULES` of the same name."""
+    graph, params = nnx.split(model, nnx.Param)
+    return np.asarray(_run_module(graph, name, params, {key: jnp.asarray(value) for key, value in inputs.items()}))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_module(graph, name, params, x):
+    model = nnx.merge(graph, params)
     config = model.config
-    x = {key: jnp.asarray(value) for key, value in inputs.items()}
     grid = config.grid(*x["latents"].shape[2:])
     rope = rotary_tables(grid, config.rope_dims, config.rope_theta, np.float32)
     num_text = x["tokens"].shape[1]

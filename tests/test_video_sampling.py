@@ -357,7 +357,7 @@ def test_a_dense_layer_that_does_not_exist_is_refused(model):
         sample(model, cases.conditions(), cases.noise(), attention=masks, **UNIPC)
 
 
-@pytest.mark.parametrize(("scale", "product"), [(6.0, 6016), (1.0, 1000), (3.5, 3504), (4.05, 4064), (12.25, 12288)])
+@pytest.mark.parametrize(("scale", "product"), [(6.0, 6016), (1.0, 1000), (3.5, 3504), (4.05, 4064), (12.25, 12224)])
 def test_guidance_scales_are_rounded_as_the_pipeline_rounds_a_thousand_times_the_scale(scale, product):
     found = jax.jit(lambda x: pipeline_guidance(x) * 1000)(jnp.full((2,), scale))
     # Some products are none of a float32 number and 1000: the next number is then as good.

@@ -1,6 +1,5 @@
 """UniPC and flow-match Euler against diffusers' schedulers: golden arrays anywhere, and live where torch is."""
 
-import sys
 from pathlib import Path
 
 import chex
@@ -24,15 +23,10 @@ def golden():
         return dict(file)
 
 
-@pytest.fixture(scope="module")
-def live():
-    pytest.importorskip("torch", reason="torch is not installed: only golden arrays are compared")
-    pytest.importorskip("diffusers", reason="diffusers is not installed: only golden arrays are compared")
-    sys.path.insert(0, str(TESTS / "programs"))
-    try:
-        import make_scheduler_golden
-    finally:
-        sys.path.pop(0)
+@pytest.fixture
+def live(torch_models):
+    from programs import make_scheduler_golden
+
     return make_scheduler_golden
 
 

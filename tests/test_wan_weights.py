@@ -63,7 +63,7 @@ def test_a_config_goes_to_json_and_back(name):
 
 def test_the_golden_config_is_read():
     config = wan.load(GOLDEN).config
-    assert (config.num_layers, config.num_heads, config.head_dim, config.hidden_dim) == (2, 2, 16, 48)
+    assert (config.num_layers, config.num_heads, config.head_dim, config.hidden_dim) == (2, 2, 16, 40)
     assert (config.in_channels, config.text_dim, config.time_features, config.eps) == (4, 20, 32, 1e-6)
 
 
@@ -106,7 +106,7 @@ for model, other in (
     for name, leaf in leaves.items():
         assert leaf.sharding.is_equivalent_to(split(name), leaf.ndim), name
         np.testing.assert_allclose(leaf, wanted[name], atol=1e-6)
-    assert leaves["blocks.ffn.down.kernel"].addressable_shards[0].data.shape == (2, 24, 32)
+    assert leaves["blocks.ffn.down.kernel"].addressable_shards[0].data.shape == (2, 20, 32)
 """,
         devices=2,
     )
@@ -124,7 +124,7 @@ for model, other in (
         ({"vace_layers": [0, 5]}, r"got vace_layers=\[0, 5\], which is not known"),
         ({"_class_name": "WanVACETransformer3DModel"}, "expected _class_name='WanTransformer3DModel' in .*VACE"),
         ({"_class_name": "WanModel"}, "the original layout"),
-        ({"ffn_dim": 64}, r"expected shape=\(32, 64\) for 'blocks.0.ffn.net.2.weight' in .* got shape=\(32, 48\)"),
+        ({"ffn_dim": 64}, r"expected shape=\(32, 64\) for 'blocks.0.ffn.net.2.weight' in .* got shape=\(32, 40\)"),
         ({"num_layers": 3}, "expected the 96 tensors .* got 69: 27 .blocks.2.attn1.norm_k.weight, .* missing and 0"),
     ],
 )

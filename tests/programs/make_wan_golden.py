@@ -9,8 +9,8 @@ import json
 import pathlib
 import sys
 
-import torch
-from diffusers import WanTransformer3DModel
+import torch  # pyright: ignore[reportMissingImports]
+from diffusers import WanTransformer3DModel  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file, save_file
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden" / "wan"
@@ -18,7 +18,7 @@ SIZES = {
     "num_layers": 2,
     "num_attention_heads": 2,
     "attention_head_dim": 16,  # rotary parts of 8, 4 and 4 channels
-    "ffn_dim": 48,
+    "ffn_dim": 40,
     "in_channels": 4,
     "out_channels": 4,
     "text_dim": 20,
@@ -101,6 +101,12 @@ def record(folder: pathlib.Path, inputs: dict[str, torch.Tensor], dtype: torch.d
     parts |= {f"block{i}": block for i, block in enumerate(model.blocks)}
     for name, part in parts.items():
         part.register_forward_hook(keep(name))
+    for i, block in enumerate(model.blocks):
+        for name, attention in (("self", block.attn1), ("cross", block.attn2)):
+            # What the attention gives, heads side by side, is what the linear behind it is given.
+            attention.to_out[0].register_forward_pre_hook(
+                lambda _, given, key=f"{name}{i}": seen.update({key: given[0]})
+            )
     out = model(inputs["latents"].to(dtype), inputs["timestep"], inputs["text"].to(dtype)).sample
     wanted = {
         "tokens": seen["patches.output"].flatten(2).transpose(1, 2),
@@ -108,6 +114,7 @@ def record(folder: pathlib.Path, inputs: dict[str, torch.Tensor], dtype: torch.d
         "modulation": seen["condition.modulation"].unflatten(1, (6, -1)),
         "text": seen["condition.text"],
         **{f"block{i}": seen[f"block{i}.output"] for i in range(len(model.blocks))},
+        **{f"{kind}{i}": seen[f"{kind}{i}"] for i in range(len(model.blocks)) for kind in ("self", "cross")},
         "patches": seen["last.output"],
         "velocity": out,
     }
