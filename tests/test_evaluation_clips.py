@@ -1,6 +1,7 @@
 """Clips in files and the quality of frames."""
 
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -83,3 +84,10 @@ def test_lpips_is_left_out_with_a_reason_and_never_downloads(monkeypatch, tmp_pa
     assert frames.lpips_reason() == "needs lpips, torch, torchvision, not installed"
     with pytest.raises(ValueError, match="LPIPS cannot be computed: needs lpips"):
         frames.frame_lpips(CLIP, CLIP)
+    hub = types.SimpleNamespace(get_dir=lambda: str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(hub=hub))
+    monkeypatch.setattr(frames.importlib.util, "find_spec", lambda name: name)
+    assert "backbone is not on this machine" in (frames.lpips_reason() or "")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
+    assert frames.lpips_reason() is None

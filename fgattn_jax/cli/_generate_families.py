@@ -45,6 +45,11 @@ class FamilyFacts:
     guidance: float
 
     @property
+    def text_tokens(self) -> int:
+        """Text tokens that take part in the attention over the video, with padding."""
+        return 256 if self.family == "hunyuan_video" else 0
+
+    @property
     def embedded_guidance(self) -> bool:
         """Whether `guidance` is an input of the model, and needs no second forward."""
         return self.family == "hunyuan_video"

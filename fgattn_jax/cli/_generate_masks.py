@@ -62,6 +62,11 @@ class MaskOptions:
     on_host: bool
     num_tokens: int
 
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether a step uses masks of an earlier one."""
+        return self.refresh_every > 1
+
     def describe(self) -> str:
         """One line on what is kept and when masks are made."""
         rule = {
@@ -72,7 +77,7 @@ class MaskOptions:
         }[self.rule]
         parts = [
             f"{self.predictor}, {rule}, {self.query_block} queries per slice in the order {self.query_order}",
-            "made at every step" if self.refresh_every == 1 else f"made every {self.refresh_every} steps",
+            f"made every {self.refresh_every} steps" if self.keeps_masks else "made at every step",
         ]
         if self.dense_steps:
             parts.append(f"the first {self.dense_steps} steps dense")
@@ -167,6 +172,8 @@ def check_masks(
         )
     if args.shared_masks and num_branches == 1:
         raise ValueError("`--shared-masks` has no effect without classifier-free guidance, one branch a step: drop it")
+    if args.masks_on_host and every == 1:
+        raise ValueError("`--masks-on-host` has no effect where masks are made at every step and none is kept: drop it")
     return MaskOptions(
         method=method,
         predictor=predictor,

@@ -150,7 +150,7 @@ def _decode_job(args: argparse.Namespace) -> DecodeJob:
     _check_stage(args.model, facts, "decode")
     _check_readable("--decode", args.decode)
     _check_outputs(args)
-    _check_fps(args)
+    _check_clip_options(args)
     fps = args.fps or facts.frames_per_second
     return DecodeJob(args.model, facts, args.decode, args.out, fps, args.vae_dtype)
 
@@ -207,8 +207,7 @@ def _generate_job(args: argparse.Namespace) -> GenerateJob:
     if masks is not None:
         # Names of orders are known to their module only; what it needs is NumPy.
         masks.order_of(grid)
-    _check_fps(args)
-    _check_vae_dtype(args)
+    _check_clip_options(args)
     if random is None:
         if args.prompt is not None:
             _check_torch("--prompt")
@@ -273,9 +272,6 @@ def _check_text(args: argparse.Namespace) -> None:
         raise ValueError(
             "expected `--out FILE` for the clip or `--latents-out FILE` for what a VAE decodes later, got neither"
         )
-    for name in ("fps", "vae_dtype"):
-        if args.out is None and getattr(args, name) is not None:
-            raise ValueError(f"`{_flag(name)}` has no effect without `--out`: drop it")
 
 
 def _guidance(args: argparse.Namespace, facts: FamilyFacts, config: Any) -> tuple[float, float]:
@@ -370,14 +366,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
         seen[path.resolve()] = name
 
 
-def _check_fps(args: argparse.Namespace) -> None:
+def _check_clip_options(args: argparse.Namespace) -> None:
+    for name in ("fps", "vae_dtype"):
+        if args.out is None and getattr(args, name) is not None:
+            raise ValueError(f"`{_flag(name)}` has no effect without `--out`: drop it")
     if args.fps is not None and not 0 < args.fps <= 240:
         raise ValueError(f"expected 0 < `--fps` <= 240, got fps={args.fps}")
-
-
-def _check_vae_dtype(args: argparse.Namespace) -> None:
-    if args.vae_dtype is not None and args.out is None:
-        raise ValueError("`--vae-dtype` has no effect without `--out`: drop it")
 
 
 def _flag(name: str) -> str:

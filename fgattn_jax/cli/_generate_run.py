@@ -17,6 +17,7 @@ import fgattn_jax
 from fgattn_jax import masks
 from fgattn_jax.cli import _generate_families, _generate_progress
 from fgattn_jax.cli._generate_options import GenerateJob
+from fgattn_jax.implementations import dense
 from fgattn_jax.models.video.sampling import sample
 from fgattn_jax.models.video.slice_masks import SliceMasks
 from fgattn_jax.models.video.stage_files import PromptEmbeddings
@@ -167,15 +168,24 @@ def denoise(job: GenerateJob, stage: Stage, attention: SliceMasks | None) -> Den
 
 def implementations(job: GenerateJob, dtype: Any) -> dict[str, str]:
     """What implementation runs without masks and under them, in words."""
-    text = 256 if job.facts.family == "hunyuan_video" else 0
-    tokens = num_tokens(job) + text
+    tokens = num_tokens(job) + job.facts.text_tokens
     query = jax.ShapeDtypeStruct((1, tokens, job.config.num_heads, job.config.head_dim), dtype)
-    answers = {"dense": fgattn_jax.explain(query, query, query)}
-    if job.masks is not None:
-        block = job.masks.query_block
+
+    def under_mask(block: int) -> str:
         mask = jax.eval_shape(lambda: masks.full(query_block=block, num_queries=tokens, num_keys=tokens))
-        answers["masked"] = fgattn_jax.explain(query, query, query, mask)
-    return {name: f"{answer.implementation} ({answer.kernel})" for name, answer in answers.items()}
+        answer = fgattn_jax.explain(query, query, query, mask)
+        return f"{answer.implementation} ({answer.kernel})"
+
+    # Dense attention of the models asks for the LSE, and is under a mask where text has padding.
+    if job.facts.text_tokens:
+        texts = {"dense": f"{under_mask(128)}, all valid keys kept"}
+    elif not dense.kernel_reasons(fgattn_jax.explain(query, query, query).spec):
+        texts = {"dense": "cuda (all keys kept)"}
+    else:
+        texts = {"dense": "xla (in query chunks)"}
+    if job.masks is not None:
+        texts["masked"] = under_mask(job.masks.query_block)
+    return texts
 
 
 def num_tokens(job: GenerateJob) -> int:
@@ -185,9 +195,9 @@ def num_tokens(job: GenerateJob) -> int:
 
 def mask_bytes(job: GenerateJob) -> int:
     """Bytes of the masks that are kept between steps; 0 where none are."""
-    if job.masks is None or job.masks.refresh_every == 1:
+    if job.masks is None or not job.masks.keeps_masks:
         return 0
-    tokens = num_tokens(job) + (256 if job.facts.family == "hunyuan_video" else 0)
+    tokens = num_tokens(job) + job.facts.text_tokens
     rows, words = -(-tokens // job.masks.query_block), -(-tokens // 128) * 4
     branches = 1 if job.masks.shared else job.num_branches
     return branches * job.config.num_attentions * job.config.num_heads * rows * words * 4

@@ -96,7 +96,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
 
     group = parser.add_argument_group("attention")
-    group.add_argument("--attention", choices=("cached", "mean-query", "dense"), help="see below (default: cached)")
+    group.add_argument(
+        "--attention", choices=("cached", "mean-query", "dense"), help="how steps attend, see below (default: cached)"
+    )
     group.add_argument("--dense-steps", type=int, metavar="N", help="dense steps before the first masks (default: 0)")
     group.add_argument("--dense-layers", metavar="I,J", help="layers that are always dense; -1 is the last")
     group.add_argument("--refresh-every", type=int, metavar="N", help="steps between refreshes (default: 15)")
@@ -123,7 +125,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     group.add_argument(
         "--compare-dense",
         action="store_true",
-        help="run dense, too, from the same noise; speed, and PSNR, SSIM and LPIPS (where installed) per frame",
+        help="run dense, too, from the same noise; speed, and PSNR, SSIM and LPIPS (where installed) per frame; "
+        "the dense clip is NAME.dense.mp4",
     )
 
 

@@ -26,8 +26,6 @@ _EXTRAS = {
     "torch": "torch",
     "diffusers": "torch",
     "transformers": "torch",
-    "imageio_ffmpeg": "video",
-    "tqdm": "video",
 }
 
 _EXAMPLES = """\

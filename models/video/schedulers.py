@@ -108,7 +108,7 @@ class UniPC:
 
     Example:
         >>> UniPC(flow_shift=3.0).table(4).timestep.tolist()
-        [999.0, 900.0, 750.0, 501.0]
+        [999.0, 900.0, 750.0, 500.0]
 
     References:
         UniPC (arXiv 2302.04867).
