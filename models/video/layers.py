@@ -30,7 +30,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
         """Multiply; the result has the dtype of the parameters."""
         kernel, bias = self.kernel[...], self.bias[...]
-        return jnp.matmul(x.astype(kernel.dtype), kernel) + bias
+        product = jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+        return (product + bias.astype(jnp.float32)).astype(kernel.dtype)
 
 
 class Norm(nnx.Module):

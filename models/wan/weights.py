@@ -84,8 +84,8 @@ def load(
         directory: the downloaded repository (`Wan2.1-T2V-1.3B-Diffusers` or the 14B one), or its folder `transformer`.
         dtype: bfloat16, or float32; what diffusers keeps in float32 is kept in it.
         sharding: where the parameters go: None (the default device), one sharding, a function of a parameter's name
-            and shape (such as `blocks.attn1.q.kernel`, whose first axis is that of layers), or a pytree of shardings like the
-            parameters.
+            and shape (such as `blocks.attn1.q.kernel`, whose first axis is that of layers), or a pytree of shardings
+            like the parameters.
         progress: called after every parameter with its name, its bytes and the bytes of all.
 
     Returns:
