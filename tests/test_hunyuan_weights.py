@@ -205,7 +205,7 @@ def test_random_parameters_are_made_where_they_belong():
     mesh = jax.make_mesh((1,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     placed = hunyuan_video.random(
-        hunyuan_cases.TINY, sharding=lambda name: sharding if name.startswith("dual.") else None
+        hunyuan_cases.TINY, sharding=lambda name, _: sharding if name.startswith("dual.") else None
     )
     for name, leaf in named_leaves(nnx.state(placed, nnx.Param)).items():
         assert (leaf.sharding == sharding) == name.startswith("dual."), name

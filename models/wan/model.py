@@ -105,7 +105,7 @@ class Block(nnx.Module):
         attention: VideoAttention,
         state: Any,
         layer: Int[Array, ""],
-        cross_attention: Callable[..., Array],
+        cross_attention: Callable[..., Array] = dense_attention,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Run the block.
 
