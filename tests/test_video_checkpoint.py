@@ -240,7 +240,10 @@ def test_names_that_do_not_fit_the_template_are_refused(tmp_path):
         load_stacked(write(tmp_path, torch_tensors()), names, template())
     with pytest.raises(ValueError, match=r"expected 2 layers in front of `blocks.table`"):
         load_stacked(
-            tmp_path, NAMES | {"blocks.table": Source("blocks.{i}.table", num_layers=2)}, template(), ignored="2"
+            tmp_path,
+            NAMES | {"blocks.table": Source("blocks.{i}.table", num_layers=2)},
+            template(),
+            ignored=["blocks.2"],
         )
 
 

@@ -71,7 +71,7 @@ def _latents(scheduler, conditional, unconditional, start, dtype):
 
 @pytest.mark.parametrize("name", MADE)
 def test_runs_of_few_steps_are_those_of_installed_diffusers(live, name):
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     random = np.random.default_rng(0)
     for steps in (1, 2, 3, 4, 11, 50):

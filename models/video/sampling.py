@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from fgattn_jax.models.video.attention import dense, plain
 from fgattn_jax.models.video.pipeline_casts import pipeline_condition, pipeline_timestep
@@ -58,8 +58,8 @@ def sample(
     """Denoise from noise to latents: dense, with slice masks, or with any attention.
 
     All steps are one compiled program, which holds the model once: calls of the same shapes, model structure and
-    settings trace once, whatever weights, noise, conditions and strength of guidance. The dense reference of a sparse
-    run is the same call with `attention="dense"`.
+    settings trace once, whatever weights, noise, conditions, strength of guidance and shift of the scheduler. The dense
+    reference of a sparse run is the same call with `attention="dense"`.
 
     Args:
         model: a `VideoModel`.
@@ -95,8 +95,9 @@ def sample(
     References:
         FG-Attn (arXiv 2509.16518), masks over denoising steps; classifier-free guidance (arXiv 2207.12598).
     """
-    stacked, latents = _check_inputs(model, conditions, noise)
-    num_branches = len(conditions)
+    stacked = _stack(conditions)
+    num_branches, batch = jax.tree.leaves(stacked)[0].shape[:2]
+    latents = _noise(noise, batch, model.config)
     _check_guidance(guidance, num_branches)
     if not isinstance(scheduler, UniPC | FlowEuler):
         raise ValueError(
@@ -104,6 +105,7 @@ def sample(
             "fgattn_jax.models.video.schedulers"
         )
     table = scheduler.table(steps)
+    steps = len(table.timestep)
     if match_diffusers_bf16 and jnp.dtype(model.dtype) != jnp.bfloat16:
         raise ValueError(
             f"expected a bfloat16 model with `match_diffusers_bf16`, got dtype={jnp.dtype(model.dtype).name}: leave it "
@@ -112,21 +114,22 @@ def sample(
     if match_diffusers_bf16:
         stacked = pipeline_condition(stacked)
 
-    attention = _check_attention(attention)
+    chosen = _check_attention(attention)
     num_layers = model.config.num_attentions
     schedule: tuple[StepKind, ...] = ("dense",) * steps
     kinds: tuple[StepKind, ...] = ("dense",)
-    if isinstance(attention, SliceMasks):
-        kinds = attention.kinds(steps, num_layers, num_branches)
-        schedule = attention.refresh.schedule(steps) if kinds != ("dense",) else schedule
+    if isinstance(chosen, SliceMasks):
+        kinds = chosen.kinds(steps, num_layers, num_branches)
+        schedule = chosen.refresh.schedule(steps) if kinds != ("dense",) else schedule
     graph, state = nnx.split(model)
-    program = _Program(graph, scheduler, attention, kinds, num_layers, match_diffusers_bf16)
+    # Its shift is in the table: programs of all shifts are one.
+    program = _Program(graph, type(scheduler)(), chosen, kinds, num_layers, match_diffusers_bf16)
     masks = None
-    if isinstance(attention, SliceMasks):
+    if isinstance(chosen, SliceMasks):
         first = jax.tree.map(lambda leaf: leaf[0], stacked)
         query, key, text = _calls.eval_shape(program, state, latents, first)
         call = Call(query, key, None if text is None else text.shape[0])
-        masks = attention.start(call, kinds=kinds, num_layers=num_layers, num_branches=num_branches)
+        masks = chosen.start(call, kinds=kinds, num_layers=num_layers, num_branches=num_branches)
 
     numbers = np.asarray([kinds.index(kind) for kind in schedule], np.int32)
     rows = _Rows(np.arange(steps, dtype=np.int32), numbers, table)
@@ -149,8 +152,8 @@ def sample(
 class _Rows(NamedTuple):
     """What a step is told: its number, its kind as an index into the program's, and its row of the scheduler."""
 
-    number: Int[Array, ""] | np.ndarray
-    kind: Int[Array, ""] | np.ndarray
+    number: Any
+    kind: Any
     scheduler: Any
 
 
@@ -244,12 +247,13 @@ def _beside(state: Any, carry: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding.with_memory_kind(leaf.sharding.memory_kind)), carry)
 
 
-def _check_attention(attention: Any) -> SliceMasks | Callable[..., Array] | None:
+def _check_attention(attention: Any) -> Any:
     if attention is None or attention is dense or (isinstance(attention, str) and attention == "dense"):
         return None
     if not isinstance(attention, SliceMasks) and not callable(attention):
         raise ValueError(
-            f"expected None, 'dense', `SliceMasks` or a function of (query, key, value) for `attention`, got {attention!r}"
+            "expected None, 'dense', `SliceMasks` or a function of (query, key, value) for `attention`, got "
+            f"{attention!r}"
         )
     return attention
 
@@ -267,36 +271,46 @@ def _check_guidance(guidance: Any, num_branches: int) -> None:
         )
 
 
-def _check_inputs(model: Any, conditions: Any, noise: Any) -> tuple[Any, Float32[Array, "B C F Y X"]]:
-    """The conditions stacked over branches, and the start."""
+def _stack(conditions: Any) -> Any:
+    """The conditions with a leading axis over branches."""
     if not isinstance(conditions, list | tuple) or hasattr(conditions, "_fields") or len(conditions) not in (1, 2):
         what = type(conditions).__name__
         if isinstance(conditions, list | tuple) and not hasattr(conditions, "_fields"):
             what = f"{len(conditions)} conditions"
         raise ValueError(f"expected a list of one or two conditions for `conditions`, got {what}")
-    described = [jax.tree.structure(condition) for condition in conditions]
+    structures = [jax.tree.structure(condition) for condition in conditions]
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(condition)] for condition in conditions]
-    if not shapes[0] or any(not shape for shape in shapes[0]):
+    if not shapes[0] or not all(shapes[0]):
         raise ValueError(f"expected arrays with a batch axis in `conditions`, got shapes={shapes[0]}")
-    if described[0] != described[-1] or shapes[0] != shapes[-1]:
+    if structures[0] != structures[-1] or shapes[0] != shapes[-1]:
         raise ValueError(
             f"expected two conditions of one structure and equal shapes, got shapes={shapes[0]} and {shapes[-1]}, "
-            f"{described[0]} and {described[-1]}: pad text to one length"
+            f"{structures[0]} and {structures[-1]}: pad text to one length"
         )
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *conditions)
-    batch, channels = shapes[0][0][0], model.config.in_channels
-    if isinstance(noise, tuple) and len(noise) == 2:
-        key, size = noise
-        if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key) or np.shape(size) != (3,):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *conditions)
+
+
+def _noise(noise: Any, batch: int, config: Any) -> Float32[Array, "B C F Y X"]:
+    """The start, drawn if it is a key and a size."""
+    expected = batch, config.in_channels
+    if isinstance(noise, tuple):
+        key, size = noise if len(noise) == 2 else (None, ())
+        if (
+            not isinstance(key, jax.Array)
+            or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+            or np.shape(size) != (3,)
+        ):
             raise ValueError(
                 f"expected a jax.random key and the latent size (F, Y, X) for `noise`, got {type(key).__name__} and "
                 f"{size!r}"
             )
-        noise = jax.random.normal(key, (batch, channels, *size))
-    if jnp.ndim(noise) != 5 or jnp.shape(noise)[:2] != (batch, channels):
+        latents = jax.random.normal(key, (*expected, *size), jnp.float32)
+    elif jnp.ndim(noise) != 5 or jnp.shape(noise)[:2] != expected:
         raise ValueError(
-            f"expected `noise` of shape [B={batch}, C={channels}, F, Y, X] or a pair (jax.random key, (F, Y, X)), got "
-            f"shape={jnp.shape(noise)}"
+            f"expected `noise` of shape [B={batch}, C={expected[1]}, F, Y, X] or a pair (jax.random key, (F, Y, X)), "
+            f"got shape={jnp.shape(noise)}"
         )
-    model.config.grid(*noise.shape[2:])
-    return stacked, jnp.asarray(noise, jnp.float32)
+    else:
+        latents = jnp.asarray(noise, jnp.float32)
+    config.grid(*latents.shape[2:])
+    return latents

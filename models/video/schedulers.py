@@ -169,7 +169,7 @@ class UniPC:
         )
         latents = jnp.where(row.corrects > 0, corrected, carry.latents)
         following = row.latents_factor * latents - row.x0_factor * x0 - row.slope * (carry.x0 - x0)
-        return UniPCCarry(following, latents, x0, carry.x0)
+        return UniPCCarry(jnp.asarray(following), latents, x0, carry.x0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,8 +250,8 @@ def from_config(config: Mapping[str, Any]) -> Scheduler:
     if name == "FlowMatchEulerDiscreteScheduler":
         return FlowEuler.from_config(config)
     raise ValueError(
-        "expected `_class_name` to be 'UniPCMultistepScheduler' or 'FlowMatchEulerDiscreteScheduler' in the scheduler's "
-        f"config, got _class_name={name!r}: choose UniPC(...) or FlowEuler(...) yourself"
+        "expected `_class_name` 'UniPCMultistepScheduler' or 'FlowMatchEulerDiscreteScheduler' in the config of a "
+        f"scheduler, got _class_name={name!r}: choose UniPC(...) or FlowEuler(...) yourself"
     )
 
 
@@ -266,8 +266,8 @@ def round_to(x: Float32[Array, "..."], dtype: Any) -> Float32[Array, "..."]:
     return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
 
 
-def _rounded_product(factor: Array, velocity: Array) -> Float32[Array, "..."]:
-    return round_to(factor * velocity.astype(jnp.float32), velocity.dtype)
+def _rounded_product(factor: Array | np.ndarray, velocity: Array) -> Float32[Array, "..."]:
+    return round_to(jnp.asarray(factor * velocity.astype(jnp.float32)), velocity.dtype)
 
 
 _NOT_ONE = 1e-6

@@ -1,8 +1,8 @@
-"""Slice masks over denoising steps: bits of all guidance branches and layers in one buffer, written at refresh steps."""
+"""Slice masks over denoising steps: bits of all branches and layers in one buffer, written at refresh steps."""
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ class SliceMasks:
         shared_branches: one set of masks for both branches of guidance, made by the conditional one. The other
             attends under it at refresh steps too.
         on_host: keep the bits in pinned host memory: those of one layer at a time are on the device, copied there
-            when used and back when made.
+            before the layer and back behind it at every step, whatever its kind.
         implementation: runs attention with masks, as in `fgattn_jax.attention`.
 
     Raises:
@@ -234,8 +234,8 @@ class SliceMasks:
         mask = jax.eval_shape(predict, call.query, call.key, lse, lengths)
         if (mask.query_order is None) != (getattr(self.predictor, "query_order", None) is None):
             raise ValueError(
-                f"expected masks in the `query_order` of the predictor, got another from {type(self.predictor).__name__}"
-                ": an order that depends on queries and keys is not kept between steps"
+                "expected masks in the `query_order` of the predictor, got another from "
+                f"{type(self.predictor).__name__}: an order that depends on queries and keys is not kept between steps"
             )
         return mask
 
@@ -272,16 +272,16 @@ def probe(calls: list[Call]) -> VideoAttention:
     """An attention that notes in `calls` what the model asks, for `jax.eval_shape` of a forward."""
 
     def attend(query, key, value, state, *, layer, text) -> Attended:
-        del key, layer
-        calls.append(_asked(query, value, text))
-        return Attended(query, state)
+        del layer
+        calls.append(_asked(query, key, text))
+        return Attended(value, state)
 
     return attend
 
 
 def _asked(query: Array, key: Array, text: TextTail | None) -> Call:
-    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (query, key)]
-    return Call(*shapes, None if text is None else text.num_tokens)
+    query_shape, key_shape = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (query, key))
+    return Call(query_shape, key_shape, None if text is None else text.num_tokens)
 
 
 def _take(buffer: Array, place: tuple[Array, Array]) -> Array:
@@ -297,7 +297,7 @@ def _to_device(array: Array) -> Array:
     return jax.device_put(array, jax.memory.Space.Device)
 
 
-def _to_host(array: Array) -> Array:
+def _to_host(array: Array | np.ndarray) -> Array:
     return jax.device_put(array, jax.memory.Space.Host)
 
 

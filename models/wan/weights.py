@@ -1,11 +1,13 @@
 """Weights of Wan: where each parameter stands in a diffusers checkpoint, loading, and random ones for timing."""
 
+import functools
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from fgattn_jax.models._leaves import leaf_name
 from fgattn_jax.models.video.checkpoint import (
@@ -93,8 +95,14 @@ def load(
         ValueError: the directory holds no such checkpoint (image-to-video, Wan 2.2, the original layout and other
             models are named), files are missing or corrupt, or `dtype` is another one.
     """
+<<<<<<< .merge_file_sSUcx1
     config = read_sizes(directory)
     graph, shapes = _abstract(config, dtype, 0)
+=======
+    _refuse_wan22(read_pipeline(directory), directory)
+    config = WanConfig.from_json(read_config(directory, class_name=CLASS_NAME))
+    graph, shapes = _abstract(config, dtype)
+>>>>>>> .merge_file_HacJKE
     params = load_stacked(
         directory, tensor_names(config), shapes, ignored=IGNORED, sharding=sharding, progress=progress
     )
@@ -117,19 +125,26 @@ def random(
     Raises:
         ValueError: `dtype` is another one, or a pytree of shardings does not fit.
     """
-    graph, shapes = _abstract(config, dtype, seed)
+    dtype = jnp.dtype(dtype)
+    graph, shapes = _abstract(config, dtype)
+    # The key is an argument: another seed does not compile again.
+    key = jax.random.key(seed)
+    if sharding is None:
+        return nnx.merge(graph, _draw(key, config=config, dtype=dtype))
     place = placement(sharding, shapes)
     shardings = jax.tree_util.tree_map_with_path(lambda path, _: place(leaf_name(path)), shapes)
-
-    def make():
-        return nnx.split(WanTransformer(config, dtype=dtype, rngs=nnx.Rngs(seed)))[1]
-
-    return nnx.merge(graph, jax.jit(make, out_shardings=None if sharding is None else shardings)())
+    draw = jax.jit(_draw, static_argnames=("config", "dtype"), out_shardings=shardings)
+    return nnx.merge(graph, draw(key, config=config, dtype=dtype))
 
 
-def _abstract(config: WanConfig, dtype: Any, seed: int) -> tuple[Any, Any]:
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _draw(key: Array, *, config: WanConfig, dtype: Any) -> Any:
+    return nnx.split(WanTransformer(config, dtype=dtype, rngs=nnx.Rngs(key)))[1]
+
+
+def _abstract(config: WanConfig, dtype: Any) -> tuple[Any, Any]:
     """Structure and shapes of a model; no parameter is made."""
-    return nnx.split(nnx.eval_shape(lambda: WanTransformer(config, dtype=dtype, rngs=nnx.Rngs(seed))))
+    return nnx.split(nnx.eval_shape(lambda: WanTransformer(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def _refuse_wan22(pipeline: dict[str, Any], directory: str | pathlib.Path) -> None:

@@ -2,21 +2,21 @@
 
     python tests/programs/make_pipeline_golden.py [folder]
 
-`wan.npz` and `hunyuan_video.npz` hold inputs by name, and final latents by "case/dtype" (see `WAN` and `HUNYUAN`). Needs
-torch and diffusers. tests/test_video_pipelines.py uses the functions on other numbers too.
+`wan.npz` and `hunyuan_video.npz` hold inputs by name, and final latents by "case/dtype" (see `WAN` and `HUNYUAN`).
+Needs torch and diffusers. tests/test_video_pipelines.py uses the functions on other numbers too.
 """
 
 import pathlib
 import sys
 
 import numpy as np
-import torch
-from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel, WanPipeline
+import torch  # pyright: ignore[reportMissingImports]
+from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel, WanPipeline  # pyright: ignore[reportMissingImports]
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-import make_scheduler_golden as schedulers  # noqa: E402
-import make_wan_golden  # noqa: E402
+import make_scheduler_golden as schedulers
+import make_wan_golden
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

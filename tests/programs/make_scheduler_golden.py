@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+import torch  # pyright: ignore[reportMissingImports]
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  # pyright: ignore[reportMissingImports]
 
 SHIFTS = {"unipc": (1.0, 3.0, 5.0), "euler": (1.0, 7.0)}
 MOST_STEPS = 60
