@@ -95,14 +95,8 @@ def load(
         ValueError: the directory holds no such checkpoint (image-to-video, Wan 2.2, the original layout and other
             models are named), files are missing or corrupt, or `dtype` is another one.
     """
-<<<<<<< .merge_file_sSUcx1
     config = read_sizes(directory)
-    graph, shapes = _abstract(config, dtype, 0)
-=======
-    _refuse_wan22(read_pipeline(directory), directory)
-    config = WanConfig.from_json(read_config(directory, class_name=CLASS_NAME))
     graph, shapes = _abstract(config, dtype)
->>>>>>> .merge_file_HacJKE
     params = load_stacked(
         directory, tensor_names(config), shapes, ignored=IGNORED, sharding=sharding, progress=progress
     )
