@@ -104,7 +104,7 @@ for model, other in (
 ):
     leaves, wanted = (named_leaves(nnx.state(m, nnx.Param)) for m in (model, other))
     for name, leaf in leaves.items():
-        assert leaf.sharding.is_equivalent_to(split(name), leaf.ndim), name
+        assert leaf.sharding.is_equivalent_to(split(name, leaf.shape), leaf.ndim), name
         np.testing.assert_allclose(leaf, wanted[name], atol=1e-6)
     assert leaves["blocks.ffn.down.kernel"].addressable_shards[0].data.shape == (2, 20, 32)
 """,

@@ -105,7 +105,7 @@ class Block(nnx.Module):
         attention: VideoAttention,
         state: Any,
         layer: Int[Array, ""],
-        cross_attention: Callable[..., Array] = dense_attention,
+        cross_attention: Callable[..., Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Run the block.
 
@@ -117,7 +117,7 @@ class Block(nnx.Module):
             attention: the self-attention.
             state: handed to it.
             layer: number of this block.
-            cross_attention: dense attention of video queries to text.
+            cross_attention: dense attention of video queries to text; None is `fgattn_jax.attention`.
 
         Returns:
             The new residual stream, and the state that the attention gave back.
@@ -138,7 +138,8 @@ class Block(nnx.Module):
         x = (x.astype(jnp.float32) + gated).astype(self.dtype)
 
         y = self.norm2.layer(x, eps).astype(self.dtype)
-        x = x + self.attn2.merge(cross_attention(*self.attn2.project(y, text)))
+        cross = dense_attention if cross_attention is None else cross_attention
+        x = x + self.attn2.merge(cross(*self.attn2.project(y, text)))
 
         y = (layers.layer_norm(x, eps) * (1 + scale2) + shift2).astype(self.dtype)
         gated = gate2 * self.ffn(y).astype(jnp.float32)
@@ -208,7 +209,7 @@ class WanTransformer(nnx.Module):
         text = self.text_embedder(condition.text)  # [B, L, D]
         rope = layers.rotary_tables(grid, self.config.rope_dims, ROPE_THETA, np.float64)
         graph, stacked = nnx.split(self.blocks)
-        cross = dense_attention if self.parallel is None else self.parallel.by_tokens(dense_attention)
+        cross = None if self.parallel is None else self.parallel.by_tokens(dense_attention)
 
         def run_block(carry, scanned):
             params, layer = scanned
