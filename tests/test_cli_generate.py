@@ -378,6 +378,21 @@ def test_wrong_arrays_of_embeddings_are_named():
             PromptEmbeddings(*wrong)
 
 
+def test_options_and_text_are_read_without_a_device(embeddings, run_python):
+    """JAX takes most of a GPU when it finds it, and torch comes first."""
+    out = run_python(
+        f"""
+import sys; sys.path.insert(0, "tests")
+from test_cli_generate import job_of
+from fgattn_jax.cli import _generate_stages
+job = job_of("--model", {str(WAN)!r}, "--from-embeddings", {str(embeddings)!r}, "--latents-out", "x", "--size", "48x64")
+print(_generate_stages._embeddings(job, {{}}).family)
+""",
+        platform="there_is_no_such_platform",
+    )
+    assert out.strip() == "wan"
+
+
 def test_a_device_given_back_can_be_used_again(run_python):
     """On a GPU, torch needs the memory that JAX's client holds; afterwards frames are compared by JAX."""
     out = run_python(

@@ -112,7 +112,7 @@ def test_latents_are_those_of_the_pipeline(made):
     saved = stage_files.load_latents(made.folder / "latents.safetensors")
     assert saved.family == made.case.family
     assert saved.facts["prompt"] == PROMPT
-    assert relative(saved.latents, made.latents) < 2e-5
+    assert relative(saved.latents, made.latents) < 1e-5
 
 
 def test_frames_are_those_of_the_pipeline(made):
@@ -138,7 +138,7 @@ def test_masks_that_skip_nothing_give_the_dense_run(made):
     assert [step["kind"] for step in run["steps"]] == ["refresh", "cached", "cached", "cached", "refresh", "cached"]
     if made.case.family == "wan":
         assert run["density"] == 1.0
-    assert made.report["comparison"]["latents_relative_error"] < 2e-5
+    assert made.report["comparison"]["latents_relative_error"] < 1e-5
     worst = made.report["comparison"]["psnr_worst"]
     assert worst is None or worst > 80  # None: equal frames
     assert made.report["comparison"]["ssim_worst"] > 0.9999
@@ -169,7 +169,7 @@ def test_stage_by_stage_is_the_same_run(made, tmp_path, capsys):
     argv = [*model, "--from-embeddings", str(text), "--latents-out", str(latents), "--attention", "dense", *COMMON]
     assert main([*argv, *made.case.options]) == 0
     assert f"--decode {latents}" in capsys.readouterr().out
-    assert relative(stage_files.load_latents(latents).latents, made.latents) < 2e-5
+    assert relative(stage_files.load_latents(latents).latents, made.latents) < 1e-5
     assert main([*model, "--decode", str(latents), "--out", str(clip)]) == 0
     from PIL import Image
 
@@ -189,7 +189,7 @@ def test_latents_survive_a_decoder_that_fails(made, tmp_path, monkeypatch, capsy
     assert "no memory left" in err
     assert "--decode" in err
     saved = stage_files.load_latents(tmp_path / "clip.latents.safetensors")
-    assert relative(saved.latents, made.latents) < 2e-5
+    assert relative(saved.latents, made.latents) < 1e-5
 
 
 def test_sixteen_bits_stay_near_the_pipeline(made):

@@ -49,7 +49,7 @@ def generate(job: GenerateJob, args: argparse.Namespace) -> None:
 
     with _generate_run.timed(seconds, "load"):
         source = _generate_report.source()
-        print(_generate_report.header(job, source, _generate_run.model_dtype(job)))
+        print(_generate_report.header(job, source, _generate_run.model_dtype(job)), flush=True)
         attention = _generate_run.attention_of(job)
         stage = _generate_run.prepare(job, embeddings)
     facts = _generate_report.settings(job, stage)
