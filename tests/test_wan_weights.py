@@ -96,7 +96,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from fgattn_jax.models import wan
 from fgattn_jax.models._leaves import named_leaves
 mesh = Mesh(jax.devices(), ("fsdp",))
-split = lambda name, shape: NamedSharding(mesh, P(None, "fsdp") if name.startswith("blocks") and "table" not in name else P())
+def split(name, shape):
+    return NamedSharding(mesh, P(None, "fsdp") if name.startswith("blocks") and "table" not in name else P())
 whole = wan.load({str(GOLDEN)!r}, dtype=jnp.float32)
 for model, other in (
     (wan.load({str(GOLDEN)!r}, dtype=jnp.float32, sharding=split), whole),

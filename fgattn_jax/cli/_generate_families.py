@@ -153,14 +153,16 @@ def random_config(model: RandomModel) -> Any:
     )
 
 
-def load_model(directory: Path, facts: FamilyFacts, *, dtype: Any, progress: Callable[[str, int, int], None]) -> Any:
-    """The transformer of a checkpoint directory, on the default device."""
-    return package(facts.family).load(directory, dtype=dtype, progress=progress)
+def load_model(
+    directory: Path, facts: FamilyFacts, *, dtype: Any, sharding: Any, progress: Callable[[str, int, int], None]
+) -> Any:
+    """The transformer of a checkpoint directory, where `sharding` says, or on the default device."""
+    return package(facts.family).load(directory, dtype=dtype, sharding=sharding, progress=progress)
 
 
-def random_model(model: RandomModel, *, dtype: Any, seed: int) -> Any:
-    """A transformer of random weights, made on the default device."""
-    return package(model.family).random(random_config(model), dtype=dtype, seed=seed)
+def random_model(model: RandomModel, *, dtype: Any, seed: int, sharding: Any) -> Any:
+    """A transformer of random weights, made where `sharding` says, or on the default device."""
+    return package(model.family).random(random_config(model), dtype=dtype, seed=seed, sharding=sharding)
 
 
 def random_embeddings(model: RandomModel, seed: int) -> PromptEmbeddings:

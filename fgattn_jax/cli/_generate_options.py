@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fgattn_jax.cli._generate_families import (
     FAMILIES,
@@ -84,6 +84,9 @@ class GenerateJob:
         match_diffusers_bf16: As the option.
         masks: How masks are made; None is dense.
         compare_dense: As the option.
+        devices: That make the clip together.
+        divide: What each of them has a part of, "tokens" or "heads".
+        split_weights: As the option.
     """
 
     model: Path | None
@@ -112,6 +115,9 @@ class GenerateJob:
     match_diffusers_bf16: bool
     masks: MaskOptions | None
     compare_dense: bool
+    devices: int
+    divide: Literal["tokens", "heads"]
+    split_weights: bool
 
     @property
     def num_branches(self) -> int:
@@ -207,6 +213,7 @@ def _generate_job(args: argparse.Namespace) -> GenerateJob:
     if masks is not None:
         # Names of orders are known to their module only; what it needs is NumPy.
         masks.order_of(grid)
+    devices = _devices(args, config.num_heads)
     _check_clip_options(args)
     if random is None:
         if args.prompt is not None:
@@ -246,6 +253,9 @@ def _generate_job(args: argparse.Namespace) -> GenerateJob:
         match_diffusers_bf16=args.match_diffusers_bf16,
         masks=masks,
         compare_dense=args.compare_dense,
+        devices=devices,
+        divide=args.divide or "tokens",
+        split_weights=args.split_weights,
     )
 
 
@@ -295,6 +305,29 @@ def _guidance(args: argparse.Namespace, facts: FamilyFacts, config: Any) -> tupl
         name = "--true-guidance" if facts.embedded_guidance else "--guidance"
         raise ValueError(f"`--negative-prompt` has no effect without `{name}` above 1: raise it, or drop the prompt")
     return guidance, strength
+
+
+def _devices(args: argparse.Namespace, num_heads: int) -> int:
+    """Devices that make the clip; whether there are as many is seen when they are asked for."""
+    devices = 1 if args.devices is None else args.devices
+    if devices < 1 or num_heads % devices:
+        fitting = [n for n in range(1, max(devices, 1) + 1) if num_heads % n == 0]
+        raise ValueError(
+            f"expected a number of `--devices` that divides the {num_heads} heads of this model, got "
+            f"devices={devices}: take {fitting[-1]}"
+        )
+    if devices == 1:
+        for name in ("divide", "split_weights"):
+            if getattr(args, name):
+                raise ValueError(f"`{_flag(name)}` has no effect on one device: give `--devices`, or drop it")
+    if args.split_weights and args.divide == "heads":
+        raise ValueError("`--split-weights` has no effect with `--divide heads`, which divides the weights: drop it")
+    if devices > 1 and args.masks_on_host:
+        raise ValueError(
+            "expected masks on the devices with `--devices`, got `--masks-on-host`: each keeps those of its own heads; "
+            "drop it"
+        )
+    return devices
 
 
 def _size(text: str) -> Size:

@@ -19,6 +19,7 @@ from fgattn_jax.cli import _generate_families, _generate_progress
 from fgattn_jax.cli._generate_options import GenerateJob
 from fgattn_jax.implementations import dense
 from fgattn_jax.models.video.sampling import sample
+from fgattn_jax.models.video.sharding import VideoSharding, make_mesh
 from fgattn_jax.models.video.slice_masks import SliceMasks
 from fgattn_jax.models.video.stage_files import PromptEmbeddings
 
@@ -58,6 +59,7 @@ class Stage:
         noise: float32 `[1, C, F, Y, X]`.
         scheduler: Of the run.
         dtype: Of the model.
+        sharding: Over several devices; None is one.
     """
 
     model: Any
@@ -65,6 +67,7 @@ class Stage:
     noise: jax.Array
     scheduler: Any
     dtype: Any
+    sharding: VideoSharding | None
 
 
 def prepare(job: GenerateJob, embeddings: PromptEmbeddings) -> Stage:
@@ -74,15 +77,16 @@ def prepare(job: GenerateJob, embeddings: PromptEmbeddings) -> Stage:
     conditions = _generate_families.conditions(
         embeddings, num_branches=job.num_branches, guidance=job.guidance, config=job.config
     )
-    dtype = model_dtype(job)
+    dtype, sharding = model_dtype(job), sharding_of(job)
+    place = None if sharding is None else sharding.parameter
     if job.random is not None:
-        model = _generate_families.random_model(job.random, dtype=dtype, seed=job.seed)
+        model = _generate_families.random_model(job.random, dtype=dtype, seed=job.seed, sharding=place)
     else:
         assert job.model is not None
         with _generate_progress.leaves_progress("weights") as progress:
-            model = _generate_families.load_model(job.model, job.facts, dtype=dtype, progress=progress)
+            model = _generate_families.load_model(job.model, job.facts, dtype=dtype, sharding=place, progress=progress)
     noise = jax.random.normal(jax.random.key(job.seed), job.latent_shape, jnp.float32)
-    return Stage(model, conditions, noise, scheduler, dtype)
+    return Stage(model, conditions, noise, scheduler, dtype, sharding)
 
 
 def model_dtype(job: GenerateJob) -> Any:
@@ -90,6 +94,17 @@ def model_dtype(job: GenerateJob) -> Any:
     if job.dtype is not None:
         return jnp.dtype(job.dtype)
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def sharding_of(job: GenerateJob) -> VideoSharding | None:
+    """How the devices share the clip; None on one.
+
+    Raises:
+        ValueError: There are fewer devices.
+    """
+    if job.devices == 1:
+        return None
+    return VideoSharding(make_mesh(job.devices), job.divide, job.split_weights)
 
 
 def attention_of(job: GenerateJob) -> SliceMasks | None:
@@ -132,6 +147,7 @@ def denoise(job: GenerateJob, stage: Stage, attention: SliceMasks | None) -> Den
             guidance=job.branch_guidance,
             attention=attention,
             match_diffusers_bf16=job.match_diffusers_bf16,
+            sharding=stage.sharding,
             progress=progress,
         )
 

@@ -23,6 +23,7 @@ examples:
   fgattn generate --model DIR --prompt "A cat surfs at dusk." --out cat.mp4 --size 720p --dense-steps 5 --tau 1
   fgattn generate --model DIR --prompt "A cat surfs at dusk." --out cat.mp4 --attention mean-query --density 0.4
   fgattn generate --model DIR --prompt "A cat surfs at dusk." --out cat.mp4 --compare-dense --report run.json
+  fgattn generate --model DIR --prompt "A cat surfs at dusk." --out cat.mp4 --devices 2 --split-weights
 
 stage by stage:
   fgattn generate --model DIR --prompt "A cat surfs at dusk." --save-embeddings cat.safetensors
@@ -93,6 +94,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     group.add_argument("--frames", type=int, metavar="N", help="4 k + 1 (default: 81 Wan, 129 HunyuanVideo)")
     group.add_argument(
         "--size", metavar="HxW", help="pixels, multiples of 16; or 480p or 720p (default: 480p Wan, 720p HunyuanVideo)"
+    )
+
+    group = parser.add_argument_group("devices")
+    group.add_argument("--devices", type=int, metavar="N", help="make the clip on N devices together (default: 1)")
+    group.add_argument(
+        "--divide",
+        choices=("tokens", "heads"),
+        help="what each device has a part of: tokens, and in attention heads (Ulysses); or heads and hidden channels "
+        "(default: tokens)",
+    )
+    group.add_argument(
+        "--split-weights",
+        action="store_true",
+        help="with tokens, keep every parameter in parts, too, and gather it when used",
     )
 
     group = parser.add_argument_group("attention")
