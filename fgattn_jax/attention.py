@@ -118,9 +118,18 @@ def attention_with_lse(
     """
     spec, scale = _check(query, key, value, mask, scale, implementation)
     name = dispatch.choose(spec, implementation)
-    if mask is None and implementation is None and not dense.kernel_reasons(spec):
+    if mask is None and implementation is None and dense_kernel_runs(query, key, value):
         return AttentionOutput(*_run_kernel(query, key, value, scale))
     return _run(name, query, key, value, mask, scale, named=_named(name, implementation))
+
+
+def dense_kernel_runs(query, key, value) -> bool:
+    """Whether the CUDA kernel runs `attention_with_lse` of these arrays without a mask; shapes and dtypes are enough.
+
+    Where it does it is faster than cuDNN, too (docs/benchmarks.md); elsewhere the LSE asks for query chunks, which are
+    slower.
+    """
+    return not dense.kernel_reasons(_check(query, key, value, None, None, None)[0])
 
 
 def explain(

@@ -176,6 +176,16 @@ REFUSED_WITH_RANDOM = [
     (["--random-weights", "wan-tiny", "--fps", "8"], "`--fps` has no effect"),
     (["--random-weights", "wan-tiny", "--attention", "mean-query", "--masks-on-host"], "`--masks-on-host` has no"),
     (["--random-weights", "wan-tiny", "--vae-dtype", "float16"], "`--vae-dtype` has no effect"),
+    (["--random-weights", "wan-1.3b-480p", "--devices", "8"], "divides the 12 heads of this model, got devices=8: take 6"),
+    (["--random-weights", "wan-tiny", "--devices", "0"], "got devices=0: take 1"),
+    (["--random-weights", "wan-tiny", "--divide", "heads"], "`--divide` has no effect on one device"),
+    (["--random-weights", "wan-tiny", "--split-weights"], "`--split-weights` has no effect on one device"),
+    (
+        ["--random-weights", "wan-tiny", "--devices", "2", "--divide", "heads", "--split-weights"],
+        "`--split-weights` has no effect with `--divide heads`",
+    ),
+    (["--random-weights", "wan-tiny", "--devices", "2", "--masks-on-host"], "with `--devices`, got `--masks-on-host`"),
+    (["--random-weights", "wan-tiny", "--devices", "2"], "expected 1 to 1 devices, got num_devices=2"),
     (["--random-weights", "wan-tiny", "--latents-out", "a", "--report", "a"], "different files"),
 ]
 

@@ -41,6 +41,7 @@ def test_four_devices_make_the_clip_of_one(run_python, family, attention, divide
     assert got["difference"] < 1e-5
     assert got["density"] < 1e-6
     assert got["own_mask_share"] == (0.25 if attention == "cached" else None)
+    assert got["compilations"] == (1 if (family, attention) == ("hunyuan", "cached") else 0)
     found, num_tokens = got["collectives"], {"even": 32, "odd": 45}[grid]
     if divide == "tokens":
         # Products run on a quarter of the tokens where these divide; queries, keys, values and outputs change hands.

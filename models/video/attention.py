@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fgattn_jax.attention import attention_with_lse
+from fgattn_jax.attention import attention, attention_with_lse, dense_kernel_runs
 from fgattn_jax.masks import SliceMask
 from fgattn_jax.masks._bits import full_words, pack_rows
 
@@ -71,8 +71,11 @@ def dense(
 ) -> Attended:
     """Dense attention to all valid keys, by the fastest dense kernel; the state is handed on."""
     del layer
-    mask = None if text is None else valid_keys(text, query.shape[1])
-    return Attended(attention_with_lse(query, key, value, mask).output, state)
+    if text is not None:
+        return Attended(attention(query, key, value, valid_keys(text, query.shape[1])), state)
+    if dense_kernel_runs(query, key, value):
+        return Attended(attention_with_lse(query, key, value).output, state)
+    return Attended(attention(query, key, value), state)
 
 
 def plain(function: Callable[..., Array]) -> VideoAttention:

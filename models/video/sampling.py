@@ -232,7 +232,11 @@ class _Program:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _run(program: _Program, state, conditions, guidance, carry, rows: _Rows):
-    return jax.lax.scan(functools.partial(program.step, state, conditions, guidance), carry, rows)
+    carry, density = jax.lax.scan(functools.partial(program.step, state, conditions, guidance), carry, rows)
+    if program.sharding is not None:
+        # As it came in: else a run step by step would be compiled a second time for what the first step gives.
+        carry = (program.sharding.keep_whole(carry[0]), program.sharding.keep_divided(carry[1]))
+    return carry, density
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -152,6 +152,18 @@ class VideoSharding:
             lambda leaf, spec: jax.device_put(leaf, NamedSharding(self.mesh, spec)), state, self._specs(state)
         )
 
+    def keep_whole(self, tree: Any) -> Any:
+        """While tracing: arrays that are on every device."""
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P()))
+
+    def keep_divided(self, state: Any) -> Any:
+        """While tracing: the state of an attention as `place_state` places it."""
+        return jax.tree.map(
+            lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec)),
+            state,
+            self._specs(state),
+        )
+
     def attention(self, make: Callable[[Any], VideoAttention], numbers: Any) -> VideoAttention:
         """An attention, each device for its own heads.
 
