@@ -295,10 +295,10 @@ def assert_best_of_means(kept, counts, scores, budget: Budget):
         shares = budget.top_p - 1e-5, budget.top_p / (1 - 2**-10) + 1e-5
         fewest, most_keys = (np.minimum((ranked < share).sum(-1) + 1, scores.shape[-1]) for share in shares)
     else:
-        assert budget.threshold is not None
-        limits = budget.threshold * (1 + NEAR_OF_MEANS), budget.threshold * (1 - 2**-10 - NEAR_OF_MEANS)
+        threshold = np.asarray(budget.threshold, np.float64)
+        limits = threshold * (1 + NEAR_OF_MEANS), threshold * (1 - 2**-10 - NEAR_OF_MEANS)
         fewest, most_keys = ((scores > limit).sum(-1) for limit in limits)
-        fewest = (scores > budget.threshold * (1 + 2**-9)).sum(-1)
+        fewest = (scores > threshold * (1 + 2**-9)).sum(-1)
     cap = scores.shape[-1] if budget.max_keys is None else budget.max_keys
     fewest = np.minimum(np.maximum(fewest, budget.min_keys), cap)
     most_keys = np.minimum(np.maximum(most_keys, budget.min_keys), cap)

@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.worker:
         shape, attention = args.worker
-        found = measure(
+        times = measure(
             shape, attention, density=args.density[0], layers=args.layers, repeats=args.repeats, on_host=args.on_host
         )
-        print(_MARK + json.dumps(dataclasses.asdict(found)))
+        print(_MARK + json.dumps(dataclasses.asdict(times)))
         return 0
     start, failed, rows = time.perf_counter(), [], []
     source = dict(tables.provenance("python -m benchmarks.video " + " ".join(argv or sys.argv[1:])))

@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -138,7 +138,8 @@ def placement(sharding: Placement, template: Any) -> Callable[[str], jax.shardin
         return lambda name: sharding
     if callable(sharding):
         leaves = named_leaves(template)
-        return lambda name: sharding(name, tuple(leaves[name].shape))
+        choose = cast(Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None], sharding)
+        return lambda name: choose(name, tuple(leaves[name].shape))
     shardings, wanted = named_leaves(sharding), named_leaves(template)
     if shardings.keys() != wanted.keys():
         missing, extra = sorted(wanted.keys() - shardings.keys()), sorted(shardings.keys() - wanted.keys())

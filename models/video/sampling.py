@@ -183,13 +183,11 @@ class _Program:
     def attend(self, kind: Array, branch: Array) -> Any:
         """The attention of one forward."""
         if isinstance(self.attention, SliceMasks):
-            sizes = {"kinds": self.kinds, "num_layers": self.num_layers}
+            masked = functools.partial(self.attention.attention, kinds=self.kinds, num_layers=self.num_layers)
             if self.sharding is None:
-                return self.attention.attention(kind, branch, **sizes)
+                return masked(kind, branch)
             # What is traced outside of a `shard_map` goes in as an argument.
-            return self.sharding.attention(
-                lambda numbers: self.attention.attention(*numbers, **sizes), (jnp.asarray(kind), branch)
-            )
+            return self.sharding.attention(lambda numbers: masked(*numbers), (jnp.asarray(kind), branch))
         attend = dense if self.attention is None else plain(self.attention)
         return attend if self.sharding is None else self.sharding.attention(lambda _: attend, ())
 

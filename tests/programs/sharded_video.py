@@ -58,7 +58,9 @@ def forward_text(model, condition, noise, sharding) -> str:
         return whole(latents, timestep, condition, attention=sharding.attention(lambda _: dense, ())).velocity
 
     arrays = sharding.replicate((noise, jnp.ones((1,)), condition))
-    return jax.jit(forward).lower(sharding.place_parameters(state), *arrays).compile().as_text()
+    text = jax.jit(forward).lower(sharding.place_parameters(state), *arrays).compile().as_text()
+    assert text is not None
+    return text
 
 
 def collectives(text: str) -> dict[str, int]:
