@@ -100,6 +100,8 @@ def test_refuses():
         VideoSharding([device])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="'heads' or 'tokens' for `divide`, got divide='frames'"):
         VideoSharding(make_mesh(1), divide="frames")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="`split_weights` has no effect with divide='heads'"):
+        VideoSharding(make_mesh(1), "heads", split_weights=True)
     with pytest.raises(ValueError, match="got num_devices=0"):
         make_mesh(0)
     with pytest.raises(ValueError, match="JAX finds no more here"):

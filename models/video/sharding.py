@@ -55,11 +55,10 @@ class VideoSharding:
         mesh: of one axis; `make_mesh` makes one.
         divide: "tokens" or "heads". Tokens need less communication at video lengths.
         split_weights: keep every parameter in parts, one a device, and gather those of a layer when it runs (as FSDP
-            does). For `divide="tokens"`, whose weights would otherwise stand whole on every device; with "heads" the
-            large ones are in parts already.
+            does). For `divide="tokens"`, whose weights would otherwise stand whole on every device.
 
     Raises:
-        ValueError: The mesh has more than one axis, or `divide` is another word.
+        ValueError: The mesh has more than one axis, `divide` is another word, or `split_weights` comes with "heads".
 
     References:
         DeepSpeed-Ulysses (arXiv 2309.14509); Megatron-LM (arXiv 1909.08053); PyTorch FSDP (arXiv 2304.11277).
@@ -75,6 +74,10 @@ class VideoSharding:
             raise ValueError(f"expected a mesh of one axis, got {names}: `make_mesh()` makes one")
         if self.divide not in ("heads", "tokens"):
             raise ValueError(f"expected 'heads' or 'tokens' for `divide`, got divide={self.divide!r}")
+        if self.split_weights and self.divide == "heads":
+            raise ValueError(
+                "`split_weights` has no effect with divide='heads', which divides the weights: leave it out"
+            )
 
     @property
     def axis(self) -> str:
@@ -129,7 +132,7 @@ class VideoSharding:
 
     def gather(self, parameters: Any) -> Any:
         """The parameters of one layer, whole on every device where `split_weights` keeps parts of them."""
-        if self.divide != "tokens" or not self.split_weights:
+        if not self.split_weights:
             return parameters
         whole = NamedSharding(self.mesh, P())
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, whole), parameters)
