@@ -30,8 +30,18 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
         """Multiply; the result has the dtype of the parameters."""
         kernel, bias = self.kernel[...], self.bias[...]
-        product = jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
-        return (product + bias.astype(jnp.float32)).astype(kernel.dtype)
+        return jax.lax.platform_dependent(x.astype(kernel.dtype), kernel, bias, cuda=_fused, default=_rounded_once)
+
+
+def _rounded_once(x: Array, kernel: Array, bias: Array) -> Array:
+    product = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    return (product + bias.astype(jnp.float32)).astype(kernel.dtype)
+
+
+def _fused(x: Array, kernel: Array, bias: Array) -> Array:
+    # cuBLAS adds the bias to its float32 sums before it rounds them. Written as above, XLA lets it write the sums as
+    # float32 and rounds them in a second pass: three times the bytes (compiled for an H100 with jax 0.12.0.1).
+    return jnp.matmul(x, kernel) + bias
 
 
 class Norm(nnx.Module):
