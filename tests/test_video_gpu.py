@@ -85,7 +85,7 @@ def test_bits_in_host_memory_give_the_same_clip(name):
     np.testing.assert_array_equal(here.latents, there.latents)
     assert there.masks is not None
     assert there.masks.stored is not None
-    assert "host" in there.masks.stored.bits.sharding.memory_kind
+    assert there.masks.stored.bits.sharding.memory_kind == "pinned_host"
 
 
 @pytest.mark.two_gpus
