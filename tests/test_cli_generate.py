@@ -432,6 +432,7 @@ print(double(jnp.ones(3)).sum())
     assert out.strip() == "6.0"
 
 
+@pytest.mark.torch  # the lane that installs the extra `video`
 def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

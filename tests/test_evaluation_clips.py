@@ -14,6 +14,7 @@ RAMP = np.linspace(0, 1, 48)[None, None, :, None] * np.linspace(0.3, 1, 5)[:, No
 CLIP = np.broadcast_to(RAMP, (5, 32, 48, 3)).astype(np.float32)
 
 
+@pytest.mark.torch  # the lane that installs the extra `video`
 def test_an_mp4_holds_the_frames(tmp_path):
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="mp4 files need the extra `video`")
     clips.write_clip(tmp_path / "clip.mp4", CLIP, frames_per_second=12.5)
@@ -25,6 +26,7 @@ def test_an_mp4_holds_the_frames(tmp_path):
     assert np.abs(read / 255 - CLIP).max() < 0.05
 
 
+@pytest.mark.torch
 def test_an_mp4_of_odd_size_is_refused(tmp_path):
     pytest.importorskip("imageio_ffmpeg", reason="mp4 files need the extra `video`")
     with pytest.raises(ValueError, match="got 31x48"):
