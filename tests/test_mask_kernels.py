@@ -63,9 +63,10 @@ def emulated(emulator: Emulator) -> Kernels:
         result = emulator.exact_mass(*scored.arrays, scored.order, rule, workspace_heads=heads, **sizes(scored))
         return unpacked(scored, result)
 
-    def mean_mask(scored, keep, *, num_means=1, keep_best=False):
+    def mean_mask(scored, keep, *, num_means=1, keep_best=False, heads=None):
         keep = rule_of(keep, scored.key.shape[1]) if isinstance(keep, Budget) else keep
-        how = {"num_means": num_means, "keep_best": keep_best}
+        heads = heads or scored.query.shape[0] * scored.query.shape[2]
+        how = {"num_means": num_means, "keep_best": keep_best, "workspace_heads": heads}
         return unpacked(
             scored, emulator.mean_mask(scored.query, scored.key, keep, scored.order, **how, **sizes(scored))
         )
@@ -87,10 +88,11 @@ def on_gpu() -> Kernels:
         arrays = *map(jnp.asarray, scored.arrays), scored.order
         return unpacked(scored, masks.exact_mass(*arrays, rule, **sizes(scored), **room))
 
-    def mean_mask(scored, keep, *, num_means=1, keep_best=False):
+    def mean_mask(scored, keep, *, num_means=1, keep_best=False, heads=None):
         keep = select_rule(keep) if isinstance(keep, Budget) else jnp.asarray(keep)
         arrays = jnp.asarray(scored.query), jnp.asarray(scored.key), keep, scored.order
         how = {"num_means": num_means, "keep_best": keep_best}
+        how |= {} if heads is None else {"workspace_bytes": 4 * heads * (16 * scored.num_words * scored.num_rows + 4)}
         return unpacked(scored, masks.mean_mask(*arrays, **how, **sizes(scored)))
 
     return Kernels(exact_mask, exact_mass, mean_mask)
@@ -239,6 +241,15 @@ def test_heads_are_done_in_turns_where_the_workspace_holds_few(kernels):
     scored, budget = make(300, 700, heads=(3, 3), seed=2), Budget(top_p=0.8, head_floor=0.5)
     whole, turns = (kernels.exact_mass(scored, budget, heads=heads)[0] for heads in (3, 2))
     np.testing.assert_array_equal(whole, turns)
+
+
+@pytest.mark.parametrize("budget", [Budget(top_k=99), Budget(top_p=0.7, head_floor=0.8)], ids=["top_k", "head_floor"])
+def test_means_of_several_heads_are_ranked_as_those_of_one(kernels, budget):
+    scored = make(300, 700, heads=(6, 3), batch=2, query_block=64, ordered=True, seed=4)
+    whole, some, one = (kernels.mean_mask(scored, budget, num_means=2, heads=heads)[0] for heads in (12, 5, 1))
+    np.testing.assert_array_equal(whole, some)
+    np.testing.assert_array_equal(whole, one)
+    assert_best_of_means(whole, whole.sum(-1), mean_scores(scored, 2), budget)
 
 
 @by_case

@@ -81,6 +81,20 @@ def test_masks_of_mean_queries_are_those_of_xla(host_kernel, order):
     assert_same_mask(*ranked, predictor, query, key)
 
 
+@pytest.mark.parametrize(("heads", "turns"), [(0, 8), (1, 8), (3, 3), (5, 2), (8, 1), (50, 1)])
+def test_ranked_means_take_the_heads_that_fit_in_turns_of_equal_size(host_kernel, heads, turns):
+    query, key, _ = arrays()
+    of_head = R * W * 16 + 4
+
+    def bits(query, key, workspace_bytes):
+        rule, how = masks.SelectRule(top_k=9), {"scale": SCALE, "query_block": M, "workspace_bytes": workspace_bytes}
+        return masks.mean_mask(query, key, rule, None, **how)[0]
+
+    text = jax.jit(bits, static_argnums=2).lower(query, key, 4 * heads * of_head).as_text()
+    assert f"workspace_heads = {-(-B * N // turns)} : i32" in text
+    chex.assert_trees_all_equal(bits(query, key, 4 * heads * of_head), bits(query, key, 1 << 30))
+
+
 def test_a_number_of_means_that_the_kernel_has_not_is_refused(host_kernel):
     query, key, _ = arrays()
     with pytest.raises(ValueError, match="`num_means` 1, 2, 4 or 8, got num_means=16"):
@@ -131,10 +145,10 @@ OPERANDS = {
 }
 RESULTS = {"bits": ((B, N, R, W), U32), "counts": ((B, N, R), S32)}
 MASS_WORKSPACE = ((2 * (R * W * 32 + 4),), F32)
-MEAN_WORKSPACE = ((B * N * 256 * (H // 2 + 32) + R * W * 16 + 4,), S32)
+MEAN_WORKSPACE = ((B * N * 256 * (H // 2 + 32) + 3 * (R * W * 16 + 4),), S32)
 RULE = {"rule": 1, "value": 0.9, "top_k": 0, "min_keys": 1, "max_keys": S, "head_floor": 0.5}
 MASS = {"workspace_heads": 2} | RULE
-MEAN = {"num_means": 1, "ranks": True, "keep_best": False} | RULE
+MEAN = {"num_means": 1, "workspace_heads": 3, "ranks": True, "keep_best": False} | RULE
 TARGETS = {
     "exact_mask": (("query", "key", "lse", "scale", "log_threshold", "query_order"), None, {"keep_best": True}),
     "exact_mass": (("query", "key", "lse", "scale", "query_order"), MASS_WORKSPACE, MASS),
@@ -200,10 +214,11 @@ def test_the_handlers_name_what_is_wrong(library, name, changed, message):
         (
             "mean_mask",
             {"workspace": ((5,), S32)},
-            r"`workspace` S32\[mean_workspace_size=131268\], got S32\[5\]",
+            r"`workspace` S32\[mean_workspace_size=131660\], got S32\[5\]",
         ),
         ("mean_mask", {"num_means": 3}, "`num_means` 1, 2, 4 or 8, got num_means=3"),
         ("mean_mask", {"num_means": 16}, "`num_means` 1, 2, 4 or 8, got num_means=16"),
+        ("mean_mask", {"workspace_heads": 0}, "`workspace_heads` of at least 1 .*, got workspace_heads=0"),
         ("mean_mask", {"rule": -1}, "`rule` 0, 1 or 2, got rule=-1"),
         ("exact_mass", {"workspace": ((5,), F32)}, r"`workspace` F32\[.*=776\], got F32\[5\]"),
         ("exact_mass", {"workspace_heads": 0}, "`workspace_heads` of at least 1, got workspace_heads=0"),

@@ -167,12 +167,13 @@ def mean_mask(
     query_block: int,
     num_means: int = 1,
     keep_best: bool = False,
+    workspace_bytes: int = 1 << 27,
 ) -> tuple[UInt32[Array, "B N R W"], Int32[Array, "B N R"]]:
     """The keys that the mean queries of a row attend to, and how many these are.
 
     Means are summed in float32 and rounded to the dtype of the queries; the score of a key is the mean over the row's
     means of its softmax probability over all keys, in float32. With a threshold no score reaches global memory. A
-    `SelectRule` ranks probabilities of 16 bits, of one head at a time: rounded down to 10 bits of mantissa, those below
+    `SelectRule` ranks probabilities of 16 bits, of some heads at a time: rounded down to 10 bits of mantissa, those below
     2^-62 all equal, so that `top_p` holds at least its share and keys closer than 0.1 % may change places. NaN is kept.
 
     Args:
@@ -184,6 +185,8 @@ def mean_mask(
         query_block: Queries per slice (`M`): 64 or 128.
         num_means: Parts of a row with a mean each: 1, 2, 4 or 8. Parts without a query count as nothing.
         keep_best: With a threshold: a row that keeps nothing keeps its best key, the lowest one among equals.
+        workspace_bytes: With a `SelectRule`: room for probabilities, of one head at least. Heads are done in as few
+            turns as this allows, in turns of equal size.
 
     Returns:
         Bits and kept keys of every row, as `exact_mask`.
@@ -204,7 +207,10 @@ def mean_mask(
     num_keys = key.shape[1]
     num_rows, num_words = -(-num_queries // query_block), 4 * -(-num_keys // 128)
     lines = -(-num_rows * num_means // 256) * 256  # mean_workspace_size
-    workspace = batch * num_heads * lines * (head_dim // 2 + 2 * 16) + ranks * (num_rows * num_words * 16 + 4)
+    of_ranked_head = num_rows * num_words * 16 + 4
+    turns = -(-batch * num_heads // max(1, workspace_bytes // (4 * of_ranked_head)))
+    workspace_heads = -(-batch * num_heads // turns) if ranks else 0
+    workspace = batch * num_heads * lines * (head_dim // 2 + 2 * 16) + workspace_heads * of_ranked_head
     results = (
         jax.ShapeDtypeStruct((batch, num_heads, num_rows, num_words), jnp.uint32),
         jax.ShapeDtypeStruct((batch, num_heads, num_rows), jnp.int32),
@@ -215,7 +221,8 @@ def mean_mask(
     operands = (query, key, jnp.asarray(scale, jnp.float32), log_threshold)
     operands += () if query_order is None else (query_order,)
     call = jax.ffi.ffi_call(library.MEAN_MASK_TARGET, results, vmap_method="sequential")
-    how = {"query_block": np.int32(query_block), "num_means": np.int32(num_means)}
+    sizes = {"query_block": query_block, "num_means": num_means, "workspace_heads": workspace_heads}
+    how = {name: np.int32(size) for name, size in sizes.items()}
     bits, counts, _ = call(*operands, **how, ranks=ranks, keep_best=keep_best, **rule.attributes(num_keys))
     return bits, counts
 

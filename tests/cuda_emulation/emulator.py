@@ -198,6 +198,7 @@ class MeanMaskArgs(ctypes.Structure):
         ("keep_best", ctypes.c_bool),
         ("rule", SelectRule),
         *((name, ctypes.c_void_p) for name in ("bits", "counts", "workspace")),
+        ("workspace_heads", ctypes.c_int32),
     ]
 
 
@@ -439,6 +440,7 @@ class Emulator:
         query_block: int,
         num_means: int = 1,
         keep_best: bool = False,
+        workspace_heads: int = 1,
         num_sms: int = 1,
         seed: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -453,6 +455,7 @@ class Emulator:
             query_block: See `exact_mask`.
             num_means: 1, 2, 4 or 8.
             keep_best: See `exact_mask`.
+            workspace_heads: Whose probabilities the workspace holds, where keys are ranked.
             num_sms: See `exact_mask`.
             seed: See `exact_mask`.
 
@@ -466,12 +469,13 @@ class Emulator:
         bits, counts, check = scores.results()
         num_rows, num_words = bits.shape[2:]
         lines, ranks = -(-num_rows * num_means // 256) * 256, isinstance(keep, SelectRule)
-        numbers = batch * num_heads * lines * (head_dim // 2 + 2 * 16) + ranks * (num_rows * num_words * 16 + 4)
+        numbers = batch * num_heads * lines * (head_dim // 2 + 2 * 16)
+        numbers += ranks * workspace_heads * (num_rows * num_words * 16 + 4)
         workspace, whole = _guarded((numbers,), np.int32)
         limits = np.zeros(num_heads, np.float32) if isinstance(keep, SelectRule) else keep
         rule = keep if isinstance(keep, SelectRule) else SelectRule()
         data = [array.ctypes.data for array in (bits, counts, workspace)]
-        args = MeanMaskArgs(scores.args, num_means, ranks, limits.ctypes.data, keep_best, rule, *data)
+        args = MeanMaskArgs(scores.args, num_means, ranks, limits.ctypes.data, keep_best, rule, *data, workspace_heads)
         regions = scores.regions | {"workspace": (workspace, None), "counts": (counts, None)}
         regions["log_threshold"] = (limits, None)
         self._call(self._library.emulation_mean_mask, args, regions, seed, num_sms)

@@ -97,10 +97,11 @@ ffi::Error host_exact_mass(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuf
 ffi::Error host_mean_mask(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer scale, ffi::AnyBuffer log_threshold,
                           std::optional<ffi::AnyBuffer> query_order, ffi::Result<ffi::AnyBuffer> bits,
                           ffi::Result<ffi::AnyBuffer> counts, ffi::Result<ffi::AnyBuffer> workspace,
-                          int32_t query_block, int32_t num_means, bool ranks, bool keep_best, int32_t rule, float value,
-                          int32_t top_k, int32_t min_keys, int32_t max_keys, float head_floor) {
+                          int32_t query_block, int32_t num_means, int32_t workspace_heads, bool ranks, bool keep_best,
+                          int32_t rule, float value, int32_t top_k, int32_t min_keys, int32_t max_keys,
+                          float head_floor) {
   return mean_mask(nullptr, query, key, scale, log_threshold, query_order, bits, counts, workspace, query_block,
-                   num_means, ranks, keep_best, rule, value, top_k, min_keys, max_keys, head_floor);
+                   num_means, workspace_heads, ranks, keep_best, rule, value, top_k, min_keys, max_keys, head_floor);
 }
 
 ffi::Error host_one_pass(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value, ffi::AnyBuffer last_lse,
@@ -404,6 +405,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FgattnHostMeanMask, host_mean_mask,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int32_t>("query_block")
                                   .Attr<int32_t>("num_means")
+                                  .Attr<int32_t>("workspace_heads")
                                   .Attr<bool>("ranks")
                                   .Attr<bool>("keep_best")
                                   .Attr<int32_t>("rule")

@@ -158,7 +158,7 @@ Refusal check_exact_mass(const ScoreBuffers& x, const RuleAttributes& rule, ffi:
 }
 
 struct MeanAttributes {
-  int32_t query_block, num_means;
+  int32_t query_block, num_means, workspace_heads;
   bool ranks, keep_best;
   RuleAttributes rule;
 };
@@ -174,12 +174,16 @@ Refusal check_mean_mask(const ScoreBuffers& x, ffi::AnyBuffer log_threshold, ffi
                  "num_means=" + std::to_string(how.num_means));
   refusal.unless_fits("log_threshold", log_threshold, ffi::F32, {{"N", s.num_heads}});
   refusal.unless_aligned("log_threshold", log_threshold, 4);
-  if (how.ranks) check_rule(how.rule, s, refusal);
+  if (how.ranks) {
+    check_rule(how.rule, s, refusal);
+    refusal.unless(how.workspace_heads >= 1, "expected `workspace_heads` of at least 1 where keys are ranked",
+                   "workspace_heads=" + std::to_string(how.workspace_heads));
+  }
   if (!refusal.none()) return refusal;
   refusal.unless_below_2_31("16 B N means",
                             fgattn::kMostKeyParts * heads * fgattn::mean_lines(s.num_rows, how.num_means));
   const int64_t numbers = fgattn::mean_workspace_size(heads, s.num_rows, s.num_words, s.head_dim, how.num_means,
-                                                      how.ranks);
+                                                      how.ranks ? how.workspace_heads : 0);
   refusal.unless_fits("workspace", workspace, ffi::S32, {{"mean_workspace_size", numbers}});
   refusal.unless_aligned("workspace", workspace, 16);
   args.num_means = how.num_means;
@@ -190,6 +194,7 @@ Refusal check_mean_mask(const ScoreBuffers& x, ffi::AnyBuffer log_threshold, ffi
   args.bits = static_cast<uint32_t*>(x.bits.untyped_data());
   args.counts = static_cast<int32_t*>(x.counts.untyped_data());
   args.workspace = static_cast<int32_t*>(workspace.untyped_data());
+  args.workspace_heads = how.workspace_heads;
   return refusal;
 }
 
@@ -243,13 +248,14 @@ ffi::Error check_exact_mass_only(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::
 ffi::Error mean_mask(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer scale,
                      ffi::AnyBuffer log_threshold, std::optional<ffi::AnyBuffer> query_order,
                      ffi::Result<ffi::AnyBuffer> bits, ffi::Result<ffi::AnyBuffer> counts,
-                     ffi::Result<ffi::AnyBuffer> workspace, int32_t query_block, int32_t num_means, bool ranks,
-                     bool keep_best, int32_t rule, float value, int32_t top_k, int32_t min_keys, int32_t max_keys,
-                     float head_floor) {
+                     ffi::Result<ffi::AnyBuffer> workspace, int32_t query_block, int32_t num_means,
+                     int32_t workspace_heads, bool ranks, bool keep_best, int32_t rule, float value, int32_t top_k,
+                     int32_t min_keys, int32_t max_keys, float head_floor) {
   MeanMaskArgs args;
   const Refusal refusal = check_mean_mask(
       {query, key, scale, std::nullopt, query_order, *bits, *counts}, log_threshold, *workspace,
-      {query_block, num_means, ranks, keep_best, {rule, value, top_k, min_keys, max_keys, head_floor}}, args);
+      {query_block, num_means, workspace_heads, ranks, keep_best, {rule, value, top_k, min_keys, max_keys, head_floor}},
+      args);
   if (!refusal.none()) return refusal.error();
   return nothing_to_do(args.scores) ? ffi::Error::Success() : launched(fgattn::launch_mean_mask(args, stream));
 }
@@ -258,11 +264,12 @@ ffi::Error check_mean_mask_only(ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::A
                                 ffi::AnyBuffer log_threshold, std::optional<ffi::AnyBuffer> query_order,
                                 ffi::Result<ffi::AnyBuffer> bits, ffi::Result<ffi::AnyBuffer> counts,
                                 ffi::Result<ffi::AnyBuffer> workspace, int32_t query_block, int32_t num_means,
-                                bool ranks, bool keep_best, int32_t rule, float value, int32_t top_k,
-                                int32_t min_keys, int32_t max_keys, float head_floor) {
+                                int32_t workspace_heads, bool ranks, bool keep_best, int32_t rule, float value,
+                                int32_t top_k, int32_t min_keys, int32_t max_keys, float head_floor) {
   MeanMaskArgs args;
   return check_mean_mask({query, key, scale, std::nullopt, query_order, *bits, *counts}, log_threshold, *workspace,
-                         {query_block, num_means, ranks, keep_best, {rule, value, top_k, min_keys, max_keys, head_floor}},
+                         {query_block, num_means, workspace_heads, ranks, keep_best,
+                          {rule, value, top_k, min_keys, max_keys, head_floor}},
                          args)
       .error();
 }
@@ -331,6 +338,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FgattnMeanMask, mean_mask,
                                   .Ret<ffi::AnyBuffer>()          // workspace
                                   .Attr<int32_t>("query_block")
                                   .Attr<int32_t>("num_means")
+                                  .Attr<int32_t>("workspace_heads")
                                   .Attr<bool>("ranks")
                                   .Attr<bool>("keep_best")
                                   .Attr<int32_t>("rule")
@@ -386,6 +394,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FgattnCheckMeanMask, check_mean_mask_only,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int32_t>("query_block")
                                   .Attr<int32_t>("num_means")
+                                  .Attr<int32_t>("workspace_heads")
                                   .Attr<bool>("ranks")
                                   .Attr<bool>("keep_best")
                                   .Attr<int32_t>("rule")

@@ -60,9 +60,10 @@ struct MeanMaskArgs {
   const float* log_threshold;  // [N], as of ExactMaskArgs
   bool keep_best;              // as of ExactMaskArgs, without `ranks`
   SelectRule rule;
-  uint32_t* bits;      // [B, N, R, W]
-  int32_t* counts;     // [B, N, R]
-  int32_t* workspace;  // mean_workspace_size numbers, at a multiple of 16 bytes
+  uint32_t* bits;           // [B, N, R, W]
+  int32_t* counts;          // [B, N, R]
+  int32_t* workspace;       // mean_workspace_size numbers, at a multiple of 16 bytes
+  int32_t workspace_heads;  // whose probabilities it holds, 1 or more; not read without `ranks`
 };
 
 inline constexpr int32_t kMostMeans = 8, kMostKeyParts = 16;  // parts that the keys are taken in
@@ -74,11 +75,11 @@ inline constexpr int64_t mean_lines(int64_t num_rows, int64_t num_means) {
 }
 
 // Numbers of 32 bits: means of 16 bits, maximum and sum of every part of the keys, and where keys are ranked, the
-// probabilities of one head in 16 bits, and its floor.
+// probabilities of `ranked_heads` heads in 16 bits, and a floor for each; 0 heads where they are not.
 inline constexpr int64_t mean_workspace_size(int64_t heads, int64_t num_rows, int64_t num_words, int64_t head_dim,
-                                             int64_t num_means, bool ranks) {
+                                             int64_t num_means, int64_t ranked_heads) {
   return heads * mean_lines(num_rows, num_means) * (head_dim / 2 + 2 * kMostKeyParts) +
-         (ranks ? num_rows * num_words * 16 + 4 : 0);
+         ranked_heads * (num_rows * num_words * 16 + 4);
 }
 
 // These enqueue on `stream`, allocate nothing, never wait for the device, and return null or what went wrong.

@@ -404,13 +404,15 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_bits_kernel(const __grid_
   });
 }
 
-// Second pass where keys are ranked: probabilities in 16 bits, `HalfScores` of select_kernel.cuh, [R, W * 32] of a head.
+// Second pass where keys are ranked: probabilities in 16 bits, `HalfScores` of select_kernel.cuh,
+// [heads of the pass, R, W * 32].
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) mean_probabilities_kernel(const __grid_constant__ MeanWork work) {
   pass_over_keys<C>(work, [&](const MeanItem& item, int first_line, auto score) {
     const ScoreArgs& args = work.args.scores;
     const int lane = threadIdx.x % kWarp, quad = lane % 4;
     const RowProbabilities<C::kGroups> probabilities(work, item.head, first_line);
+    const int64_t head_rows = int64_t{item.head - work.first_head} * args.num_rows;
     int row[C::kGroups][2];  // -1: nothing to write
 #pragma unroll
     for (int i = 0; i < 2 * C::kGroups; ++i) {
@@ -447,7 +449,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_probabilities_kernel(cons
           }
           if (row[group][line] >= 0) {
             uint16_t* out = reinterpret_cast<uint16_t*>(work.probabilities()) +
-                            32 * int64_t{args.num_words} * row[group][line] + first_key + 32 * four + 8 * quad;
+                            32 * int64_t{args.num_words} * (head_rows + row[group][line]) + first_key + 32 * four + 8 * quad;
             *reinterpret_cast<uint4*>(out) = {pairs[0], pairs[1], pairs[2], pairs[3]};
           }
         }

@@ -88,29 +88,31 @@ void take_keys_in_parts(MeanWork& work, int heads, int most_parts, int num_sms) 
   work.tiles_of_part = (tiles + work.parts - 1) / work.parts;
 }
 
-// Heads one after the other: the probabilities of one, and the best of them.
+// Some heads at a time, as many as the workspace holds: their probabilities, and the best of them.
 template <class C>
 cudaError_t launch_ranked(MeanWork work, int heads, int num_sms, cudaStream_t stream) {
   const MeanMaskArgs& args = work.args;
   const ScoreArgs& s = args.scores;
-  take_keys_in_parts<C>(work, 1, 1 << 20, num_sms);
   int32_t* probabilities = work.probabilities();
-  int32_t* floor = probabilities + int64_t{s.num_rows} * s.num_words * 16;
+  int32_t* floors = probabilities + int64_t{args.workspace_heads} * s.num_rows * s.num_words * 16;
   SelectArgs selection{};
   selection.scores = probabilities;
   selection.stride = 32 * static_cast<int64_t>(s.num_words);
   selection.rule = args.rule;
   selection.num_keys = s.num_keys, selection.num_words = s.num_words, selection.num_rows = s.num_rows;
-  for (int head = 0; head < heads; ++head) {
-    work.first_head = head;
-    cudaError_t error = launch_pass<C>(mean_probabilities_kernel<C>, work, 1, stream);
+  for (int first = 0; first < heads; first += args.workspace_heads) {
+    const int some = std::min(args.workspace_heads, heads - first);
+    const int64_t row = int64_t{first} * s.num_rows;
+    work.first_head = first;
+    take_keys_in_parts<C>(work, some, 1 << 20, num_sms);
+    cudaError_t error = launch_pass<C>(mean_probabilities_kernel<C>, work, some, stream);
     if (error != cudaSuccess) return error;
-    selection.counts = args.counts + int64_t{head} * s.num_rows;
-    selection.bits = args.bits + int64_t{head} * s.num_rows * s.num_words;
+    selection.counts = args.counts + row;
+    selection.bits = args.bits + row * s.num_words;
     // Two rows of up to so many keys fit a multiprocessor.
     const bool is_long = s.num_keys > 40000;
-    error = is_long ? select_rows<HalfScores<512>>(selection, 1, s, floor, stream)
-                    : select_rows<HalfScores<256>>(selection, 1, s, floor, stream);
+    error = is_long ? select_rows<HalfScores<512>>(selection, some, s, floors, stream)
+                    : select_rows<HalfScores<256>>(selection, some, s, floors, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
