@@ -64,6 +64,16 @@ def make(
     return Scored(query, key, np.ascontiguousarray(lse, np.float32), order, scale, query_block, probabilities)
 
 
+def one_row(scores: np.ndarray) -> Scored:
+    """One query, whose score of every key is given: as far as float16 holds it."""
+    query, key = np.zeros((1, 1, 1, 64), np.float16), np.zeros((1, scores.size, 1, 64), np.float16)
+    query[..., 0], key[0, :, 0, 0] = 1, scores
+    scores = key[0, :, 0, 0].astype(np.float64)
+    lse = np.log(np.exp(scores - scores.max()).sum()) + scores.max()
+    probabilities = np.exp(scores - lse)[None, None, None]
+    return Scored(query, key, np.full((1, 1, 1), lse, np.float32), None, 1.0, 64, probabilities)
+
+
 def unpack(bits: np.ndarray, num_keys: int) -> np.ndarray:
     rows = np.unpackbits(np.ascontiguousarray(bits).view(np.uint8), axis=-1, bitorder="little").astype(bool)
     assert not rows[..., num_keys:].any()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cuda_emulation.emulator import Emulator
 from cuda_emulation.emulator import SelectRule as EmulatedRule
-from mask_cases import Scored, make, mean_scores, unpack
+from mask_cases import Scored, make, mean_scores, one_row, unpack
 
 from fgattn_jax.predictors import Budget, ExactPredictor, MeanQueryPredictor, _select
 from fgattn_jax.xla_ffi import masks
@@ -318,6 +318,107 @@ def assert_best_of_means(kept, counts, scores, budget: Budget):
         assert (floors >= np.floor(budget.head_floor * fewest.mean(-1) * 0.9)).all()
         most_keys = np.maximum(most_keys, floors[..., None])
     assert ((counts >= fewest) & (counts <= most_keys)).all()
+
+
+MANY = 9001  # keys: more than are listed at once, so that a sample of them says where the cut lies
+
+
+def not_sampled(num_words: int, num_sampled: int = 1024) -> np.ndarray:
+    """Words of a row that select_bracket.cuh does not look at when it samples."""
+    stretch = np.arange(num_sampled, dtype=np.int64)
+    first, behind = stretch * num_words // num_sampled, (stretch + 1) * num_words // num_sampled
+    hashed = (stretch * 2654435761 % 2**32) >> 16
+    left = np.ones(num_words, bool)
+    left[first + (hashed * (behind - first) >> 16)] = False
+    return np.flatnonzero(left)
+
+
+def rows_of_scores() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    plain, heavy = rng.standard_normal(MANY), rng.standard_normal(MANY)
+    heavy[[17, 5000]] = 9, 11
+    # Keys that the sample misses: the guess must be found wrong, from above and from below.
+    keys_missed, words_missed = not_sampled(MANY), not_sampled((MANY + 1) // 2)
+    high, low = plain / 4, plain / 4
+    high[keys_missed] += 5
+    low[keys_missed] -= 5
+    high[np.minimum(2 * words_missed + 1, MANY - 1)] += 2
+    return {
+        "plain": 2 * plain,
+        "narrow": plain / 100,
+        "sorted": np.sort(2 * plain),
+        "falling": -np.sort(2 * plain),
+        "all_equal": np.zeros(MANY),
+        "two_values": np.where(rng.random(MANY) < 0.3, 1.0, 0.0),
+        "periodic": 3 * np.sin(np.arange(MANY) * 2 * np.pi / 16),
+        "two_keys_hold_most": heavy,
+        "missed_keys_are_high": high,
+        "missed_keys_are_low": low,
+    }
+
+
+ROWS = rows_of_scores()
+ROW_BUDGETS = {
+    "few": Budget(top_k=30),
+    "half": Budget(top_k=MANY // 2),
+    "nearly_all": Budget(top_k=MANY - 2),
+    "most_mass": Budget(top_p=0.9),
+    "all_mass_but_some": Budget(top_p=0.999),
+    "mass_with_a_cap": Budget(top_p=0.9, max_keys=100),
+    "mass_with_a_floor": Budget(top_p=0.1, min_keys=8500),
+    "threshold_with_a_floor": Budget(threshold=1e-3, min_keys=700),
+}
+
+
+# In the emulation: what asks for one look, for more, or for none but ties; the rest is slow.
+QUICK_ROWS, QUICK_BUDGETS = ("narrow", "all_equal", "missed_keys_are_high"), ("half", "most_mass", "mass_with_a_floor")
+ROW_CASES = [
+    pytest.param(row, budget, marks=() if row in QUICK_ROWS and budget in QUICK_BUDGETS else pytest.mark.slow)
+    for row in ROWS
+    for budget in ROW_BUDGETS
+]
+
+
+@pytest.mark.parametrize(("name", "budget"), ROW_CASES)
+def test_the_cut_is_found_wherever_the_best_keys_lie(kernels, name, budget):
+    scored, budget = one_row(ROWS[name]), ROW_BUDGETS[budget]
+    masses, scores = scored.of_rows(np.sum)[0, 0, 0], scored.key[0, :, 0, 0].astype(np.float64)
+    for kept, counts in (kernels.exact_mass(scored, budget), kernels.mean_mask(scored, budget)):
+        assert counts.shape == (1, 1, 1)
+        kept, (count,) = kept[0, 0, 0], counts[0, 0]
+        # 10 bits of mantissa in a ranked mean: what is closer than that may change places.
+        assert scores[kept].min() >= scores[~kept].max(initial=-np.inf) - 2**-10 - NEAR_OF_MEANS
+        for score in np.unique(scores)[:50] if name != "two_values" else np.unique(scores):
+            equal = kept[scores == score]
+            assert (np.diff(equal.astype(int)) <= 0).all(), "of equal keys the first ones are kept"
+        if budget.top_k is not None:
+            assert count == budget.top_k
+            continue
+        if budget.top_p is None:
+            wanted = int((masses > budget.threshold).sum()), int((masses * (1 + 2e-3) > budget.threshold).sum())
+        else:
+            ranked = np.cumsum(-np.sort(-masses))
+            shares = budget.top_p - 1e-5, budget.top_p / (1 - 2**-10) + 1e-5
+            wanted = tuple(min(int((ranked < share).sum()) + 1, MANY) for share in shares)
+        most = MANY if budget.max_keys is None else budget.max_keys
+        fewest, most = (min(max(number, budget.min_keys), most) for number in wanted)
+        assert fewest <= count <= most
+
+
+@pytest.mark.parametrize("num_keys", [700, MANY])
+def test_a_nan_ranks_first_and_a_share_of_it_is_everything(kernels, num_keys):
+    scored = one_row(np.random.default_rng(3).standard_normal(num_keys))
+    scored.key[0, 77, 0, 0] = np.nan
+    best, share = Budget(top_k=30), Budget(top_p=0.5)
+    kept, _ = kernels.exact_mass(scored, best)
+    others = np.delete(np.arange(num_keys), 77)
+    least = np.sort(scored.probabilities[0, 0, 0, others])[-29]
+    assert kept[0, 0, 0, 77] and (kept[0, 0, 0, others] == (scored.probabilities[0, 0, 0, others] >= least)).all()
+    assert kernels.exact_mass(scored, share)[0].all()
+    # The LSE of a mean is that of all keys: each of its probabilities is NaN.
+    kept, _ = kernels.mean_mask(scored, best)
+    np.testing.assert_array_equal(np.flatnonzero(kept), np.arange(30))
+    assert kernels.mean_mask(scored, share)[0].all()
 
 
 def test_a_nan_shows_in_the_rows_whose_means_hold_it(kernels):

@@ -173,8 +173,9 @@ def mean_mask(
 
     Means are summed in float32 and rounded to the dtype of the queries; the score of a key is the mean over the row's
     means of its softmax probability over all keys, in float32. With a threshold no score reaches global memory. A
-    `SelectRule` ranks probabilities of 16 bits, of some heads at a time: rounded down to 10 bits of mantissa, those below
-    2^-62 all equal, so that `top_p` holds at least its share and keys closer than 0.1 % may change places. NaN is kept.
+    `SelectRule` ranks probabilities of 16 bits, of some heads at a time: rounded down to 10 bits of mantissa, those
+    below 2^-62 all equal, so that `top_p` holds at least its share and keys closer than 0.1 % may change places. NaN is
+    kept.
 
     Args:
         query: bfloat16 or float16; `H` 64 or 128.

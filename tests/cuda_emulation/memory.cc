@@ -55,6 +55,12 @@ void check_global(const void* pointer, size_t bytes, size_t alignment, Site site
   fail(site, "reads %zu bytes outside of every array", bytes);
 }
 
+void check_atomic(const void* pointer, size_t bytes, size_t alignment, Site site) {
+  const char* p = static_cast<const char*>(pointer);
+  if (p < cta->shared || p + bytes > cta->shared + cta->shared_bytes) return check_global(pointer, bytes, alignment, site);
+  if ((p - cta->shared) % alignment != 0) fail(site, "shared address is no multiple of %zu", alignment);
+}
+
 char* dynamic_shared() { return cta->shared; }
 
 uint32_t shared_address(const void* pointer, Site site) {

@@ -59,7 +59,7 @@ inline T __ldg(const T* pointer, EMULATION_SITE) {
 }
 
 inline int atomicAdd(int* pointer, int value, EMULATION_SITE) {
-  emulation::check_global(pointer, 4, 4, site);
+  emulation::check_atomic(pointer, 4, 4, site);
   emulation::maybe_yield();
   const int old = *pointer;
   *pointer = old + value;
@@ -67,7 +67,7 @@ inline int atomicAdd(int* pointer, int value, EMULATION_SITE) {
 }
 
 inline unsigned atomicOr(unsigned* pointer, unsigned value, EMULATION_SITE) {
-  emulation::check_global(pointer, 4, 4, site);
+  emulation::check_atomic(pointer, 4, 4, site);
   emulation::maybe_yield();
   const unsigned old = *pointer;
   *pointer = old | value;

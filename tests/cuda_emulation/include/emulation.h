@@ -67,6 +67,7 @@ const char* error();  // of the launches since `begin`, or null
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 void maybe_yield();
 void check_global(const void* pointer, size_t bytes, size_t alignment, Site site);
+void check_atomic(const void* pointer, size_t bytes, size_t alignment, Site site);  // global memory, or the block's shared
 char* dynamic_shared();  // `extern __shared__ char name[]`
 uint32_t shared_address(const void* pointer, Site site);
 const char* shared_pointer(uint32_t address, uint32_t bytes, Site site);  // checked; aligned to `bytes`

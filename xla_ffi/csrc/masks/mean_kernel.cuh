@@ -10,7 +10,7 @@
 #include <cstdint>
 
 #include "masks/scores.cuh"
-#include "masks/select_kernel.cuh"
+#include "masks/select_scores.cuh"
 
 namespace fgattn {
 
@@ -404,7 +404,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_bits_kernel(const __grid_
   });
 }
 
-// Second pass where keys are ranked: probabilities in 16 bits, `HalfScores` of select_kernel.cuh,
+// Second pass where keys are ranked: probabilities in 16 bits, `HalfScores` of select_scores.cuh,
 // [heads of the pass, R, W * 32].
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) mean_probabilities_kernel(const __grid_constant__ MeanWork work) {
@@ -429,8 +429,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_probabilities_kernel(cons
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float* pair = scores + 16 * four + 4 * i + 2 * line;
-            pairs[i] = static_cast<uint32_t>(HalfScores<256>::pattern(pair[0])) |
-                       static_cast<uint32_t>(HalfScores<256>::pattern(pair[1])) << 16;
+            pairs[i] = static_cast<uint32_t>(HalfScores<4096>::pattern(pair[0])) |
+                       static_cast<uint32_t>(HalfScores<4096>::pattern(pair[1])) << 16;
           }
           // The four lanes of a line turn their 4 x 4 pairs, so that each has eight neighbouring columns.
 #pragma unroll

@@ -109,10 +109,10 @@ cudaError_t launch_ranked(MeanWork work, int heads, int num_sms, cudaStream_t st
     if (error != cudaSuccess) return error;
     selection.counts = args.counts + row;
     selection.bits = args.bits + row * s.num_words;
-    // Two rows of up to so many keys fit a multiprocessor.
+    // More keys, and more of them between the bounds of a guess.
     const bool is_long = s.num_keys > 40000;
-    error = is_long ? select_rows<HalfScores<512>>(selection, some, s, floors, stream)
-                    : select_rows<HalfScores<256>>(selection, some, s, floors, stream);
+    error = is_long ? select_rows<HalfScores<8192>>(selection, some, s, floors, stream)
+                    : select_rows<HalfScores<4096>>(selection, some, s, floors, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

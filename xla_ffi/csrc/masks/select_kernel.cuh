@@ -1,363 +1,325 @@
 // The best keys of every row by their scores: `Budget` of fgattn_jax.predictors, exact and without a sort.
 //
-// Scores stand as patterns: integers that order as the scores do, NaN above all others. The pattern of the last key that
-// is kept is found by bisection, a count or a sum over the row in each step, and of the keys that tie there the lowest
-// stay. One block a row; thread t has keys t, t + threads, and so on, in registers first, then in shared memory, and what
-// is left is read again from L2. Once few keys lie between the bounds of the search, every thread lists its own of them
-// in a column of shared memory and looks at no others. Sums are taken in one order, so that every run keeps the same keys.
+// One block a row. A guess from a sample bounds the pattern of the last key that is kept (select_bracket.cuh). One look at
+// all keys then writes two rows of bits to shared memory: keys at or above the upper bound, which stay, and those between
+// the bounds. If the cut lies there, and there are few, they are listed, the cut is found by bisection
+// among them, and of the keys that tie there the lowest stay. If not, what was counted gives better bounds, and
+// the next look follows: the row is read again, mostly from L2. Sums are taken in one order, so that every run keeps
+// the same keys.
 #pragma once
 #include <cstdint>
 
-#include "decode.cuh"
 #include "masks/mask_launch.h"
-#include "ptx.cuh"
+#include "masks/select_bracket.cuh"
+#include "masks/select_scores.cuh"
 
 namespace fgattn {
 
-constexpr int kSelectThreads = 512;  // of a multiprocessor, in one block or in two
+constexpr int kSelectBlocks = 3;  // of a multiprocessor
 
 struct SelectArgs {
-  const void* scores;  // [rows, stride], as the keys' kind has it; only num_keys of a row count
-  int64_t stride;
+  const void* scores;  // [rows, stride], as the keys' kind has it; only num_keys of a row count; at multiples of 16 bytes
+  int64_t stride;      // at least num_words * 32
   SelectRule rule;
   int32_t num_keys, num_words, num_rows;  // num_rows: of a head
-  int32_t staged, listed;                 // words of a thread in shared memory: keys, and its column
   const int32_t* floors;                  // [heads] least keys of a row, or null
   uint32_t* bits;                         // [rows, W], or null: only the counts that the rule and min_keys ask for
   int32_t* counts;                        // [rows]
 };
 
-// float32 scores that are not negative: their own bits.
-struct WholeScores {
-  using Word = float;
-  static constexpr int kThreads = 512, kHeld = 48, kOfWord = 1;
-  static constexpr bool kShares = false;  // whether scores of a row add up to 1
-  static constexpr int kNone = -1, kLowest = 0, kInfinity = 0x7F800000, kOctave = 1 << 23;
-  __device__ __forceinline__ static int pattern(float score) { return min(__float_as_int(score) & 0x7FFFFFFF, 0x7FFFFFFE); }
-  __device__ __forceinline__ static float value(int pattern) { return __int_as_float(pattern); }
-  __device__ __forceinline__ static uint32_t patterns(float word, int left) { return left > 0 ? pattern(word) : kNone; }
-};
-
-// Probabilities in 16 bits, rounded down: 6 bits of exponent and 10 of mantissa, 2^-62 to 1. 0 is behind the last key;
-// what is smaller than the least of them counts as that. Rounded down, what is kept holds at least the share asked for.
-// Two neighbouring keys are a word.
-template <int kThreads_>
-struct HalfScores {
-  using Word = uint32_t;
-  static constexpr int kThreads = kThreads_, kHeld = 64, kOfWord = 2;
-  static constexpr bool kShares = true;
-  static constexpr int kNone = 0, kLowest = 1, kInfinity = 0xFFFE, kOctave = 1 << 10;  // a factor of two
-  static constexpr int kZero = 64 << 10;  // pattern 0 as a float32 without its last 13 bits
-  __device__ __forceinline__ static int pattern(float score) {
-    return score == score ? min(max((__float_as_int(score) >> 13) - kZero, 1), kInfinity) : 0xFFFF;
-  }
-  __device__ __forceinline__ static float value(int pattern) { return __int_as_float((pattern + kZero) << 13); }
-  __device__ __forceinline__ static uint32_t patterns(uint32_t word, int left) {
-    return left > 1 ? word : left > 0 ? word & 0xFFFFu : 0u;
-  }
-};
-
-// A number of keys, and the sum of their scores.
-struct Amount {
-  int count;
-  float mass;
-};
-
-// Combines what the threads of a block have; all threads get the result, and lanes add up in the same order.
-template <int kThreads>
-class BlockSum {
- public:
-  static constexpr int kWarps = kThreads / kWarp;
-  struct Parts {
-    int counts[2][kWarps];
-    float masses[2][kWarps];
+template <class Scores>
+struct SelectMemory {
+  static constexpr int kListed = Scores::kListed;
+  BlockSum::Parts parts;
+  union {
+    int keys[kListed];  // between the bounds
+    int sample[RowSample<Scores>::kBins + 4];
   };
-
-  __device__ __forceinline__ explicit BlockSum(Parts& parts) : parts_(parts) {}
-
-  // `most`: the largest count instead of their sum.
-  template <bool kMost = false>
-  __device__ __forceinline__ Amount operator()(Amount x, bool with_mass) {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    side_ ^= 1;  // whoever is late still reads the other side
-    x.count = kMost ? __reduce_max_sync(kAllLanes, x.count) : __reduce_add_sync(kAllLanes, x.count);
-    if (with_mass) {
-#pragma unroll
-      for (int distance = kWarp / 2; distance > 0; distance /= 2) x.mass += __shfl_xor_sync(kAllLanes, x.mass, distance);
-    }
-    if (lane == 0) parts_.counts[side_][warp] = x.count, parts_.masses[side_][warp] = x.mass;
-    __syncthreads();
-    x.count = parts_.counts[side_][lane % kWarps];
-    if (!kMost && lane >= kWarps) x.count = 0;
-    x.count = kMost ? __reduce_max_sync(kAllLanes, x.count) : __reduce_add_sync(kAllLanes, x.count);
-    if (with_mass) {
-      x.mass = parts_.masses[side_][lane % kWarps];
-#pragma unroll
-      for (int distance = kWarps / 2; distance > 0; distance /= 2) x.mass += __shfl_xor_sync(kAllLanes, x.mass, distance);
-    }
-    return x;
-  }
-
- private:
-  Parts& parts_;
-  int side_ = 0;
+  typename Scores::Pattern patterns[kListed];  // of these keys
+  Bound bottom, top;                           // of the last look
+  // Behind it: above[num_words], between[num_words].
+  static constexpr size_t bytes(int num_words) { return sizeof(SelectMemory) + 2 * sizeof(uint32_t) * num_words; }
 };
 
-// The keys of one row that this thread has, as patterns.
+// A row, and what the last look at it left in shared memory.
 template <class Scores>
 class RowKeys {
  public:
-  __device__ __forceinline__ RowKeys(const void* scores, uint32_t* staged, int num_staged, int num_keys)
-      : words_of_row_(static_cast<const typename Scores::Word*>(scores)), staged_(staged), num_staged_(num_staged),
-        num_keys_(num_keys) {
-    constexpr int kPassKeys = Scores::kOfWord * Scores::kThreads;
-    passes_ = (num_keys + kPassKeys - 1) / kPassKeys;
+  static constexpr int kThreads = kSelectThreads;
+  using Memory = SelectMemory<Scores>;
+
+  __device__ __forceinline__ RowKeys(const SelectArgs& args, int64_t row, Memory& memory, BlockSum& sum)
+      : row_(static_cast<const uint32_t*>(args.scores) + row * args.stride / Scores::kOfWord), memory_(memory), sum_(sum),
+        above_(reinterpret_cast<uint32_t*>(&memory + 1)), between_(above_ + args.num_words), num_keys_(args.num_keys),
+        num_words_(args.num_words) {
+    const int of_thread = (num_words_ + kThreads - 1) / kThreads;
+    first_ = min(static_cast<int>(threadIdx.x) * of_thread, num_words_), last_ = min(first_ + of_thread, num_words_);
+  }
+
+  __device__ __forceinline__ const uint32_t* words() const { return row_; }
+  __device__ __forceinline__ uint32_t above(int word) const { return above_[word]; }
+
+  // What all keys hold.
+  __device__ __forceinline__ float mass() {
+    float mine = 0;
+    visit([&](int, int left, const uint32_t (&words)[kChunkWords]) {
 #pragma unroll
-    for (int i = 0; i < Scores::kHeld; ++i) held_[i] = read(i);
-    for (int i = 0; i < num_staged_; ++i) staged_[i * Scores::kThreads + threadIdx.x] = read(Scores::kHeld + i);
+      for (int i = 0; i < 8; ++i) {
+        if (i < left) mine += Scores::value(pattern(words, i));
+      }
+    });
+    return sum_({0, mine}, true).mass;
   }
 
-  // f(number, pattern) for every key of this thread, and some of none: key `number % kOfWord` of the word that it has in
-  // pass `number / kOfWord`.
-  template <class F>
-  __device__ __forceinline__ void each(F f) const {
+  // Finds the keys at or above `upper`, and those that reach `lower` only: how many of both, and with_mass what they hold.
+  __device__ __forceinline__ void look(int lower, int upper, bool with_mass, Amount& above, Amount& between) {
+    float held_above = 0, held_between = 0;
+    visit([&](int chunk, int left, const uint32_t (&words)[kChunkWords]) {
+      uint32_t upper_bits = 0, lower_bits = 0;
 #pragma unroll
-    for (int i = 0; i < Scores::kHeld; ++i) of_word(i, held_[i], f);
-    const int end = min(passes_, Scores::kHeld + num_staged_);
-#pragma unroll(6 / Scores::kOfWord)
-    for (int i = Scores::kHeld; i < end; ++i) {
-      of_word(i, staged_[(i - Scores::kHeld) * Scores::kThreads + threadIdx.x], f);
+      for (int i = 0; i < 8; ++i) {
+        const int here = pattern(words, i);
+        if (here >= upper) upper_bits |= 1u << i;
+        if (here >= lower) lower_bits |= 1u << i;
+      }
+      const uint32_t inside = left >= 8 ? 255u : left > 0 ? (1u << left) - 1 : 0u;
+      upper_bits &= inside, lower_bits &= inside & ~upper_bits;
+      if (with_mass) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float value = Scores::value(pattern(words, i));
+          if (upper_bits >> i & 1) held_above += value;
+          if (lower_bits >> i & 1) held_between += value;
+        }
+      }
+      reinterpret_cast<uint8_t*>(above_)[chunk] = static_cast<uint8_t>(upper_bits);
+      reinterpret_cast<uint8_t*>(between_)[chunk] = static_cast<uint8_t>(lower_bits);
+    });
+    __syncthreads();  // all bits are written
+    above = {0, held_above}, between = {0, held_between};
+    for (int i = first_; i < last_; ++i) above.count += __popc(above_[i]), between.count += __popc(between_[i]);
+    of_thread_ = between.count;
+    above = sum_(above, with_mass), between = sum_(between, with_mass);
+  }
+
+  // Lists the keys between the bounds, kListed at most, and their patterns.
+  __device__ __forceinline__ void list(int num_listed) {
+    int at = sum_.before(of_thread_);
+    for (int i = first_; i < last_; ++i) {
+      for (uint32_t rest = between_[i]; rest != 0; rest &= rest - 1) memory_.keys[at++] = 32 * i + __ffs(rest) - 1;
     }
-#pragma unroll 1
-    for (int i = Scores::kHeld + num_staged_; i < passes_; ++i) of_word(i, read(i), f);
-  }
-
- private:
-  __device__ __forceinline__ uint32_t read(int pass) const {
-    // Loads that depend on nothing: many are under way at a time.
-    const int word = pass * Scores::kThreads + threadIdx.x, last = (num_keys_ - 1) / Scores::kOfWord;
-    return Scores::patterns(__ldg(words_of_row_ + min(word, last)), num_keys_ - Scores::kOfWord * word);
-  }
-  template <class F>
-  __device__ __forceinline__ static void of_word(int pass, uint32_t x, F f) {
-    if constexpr (Scores::kOfWord == 1) {
-      f(pass, static_cast<int>(x));
-    } else {
-      f(2 * pass, static_cast<int>(ptx::low_half(x)));
-      f(2 * pass + 1, static_cast<int>(ptx::high_half(x)));
+    __syncthreads();  // all keys are listed
+    const auto* numbers = reinterpret_cast<const typename Scores::Number*>(row_);
+    num_listed_ = num_listed;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < num_listed; i += kThreads) {
+      memory_.patterns[i] = static_cast<typename Scores::Pattern>(Scores::of_number(__ldg(numbers + memory_.keys[i])));
     }
   }
 
-  uint32_t held_[Scores::kHeld];
-  const typename Scores::Word* words_of_row_;
-  uint32_t* staged_;
-  int num_staged_, num_keys_, passes_;
-};
-
-// How many keys reach a pattern, and how much they hold. Once a search has bounds, it looks between them only.
-template <class Scores>
-class RowSearch {
- public:
-  __device__ __forceinline__ RowSearch(const RowKeys<Scores>& keys, BlockSum<Scores::kThreads>& sum, int* column,
-                                       int length)
-      : keys_(keys), sum_(sum), column_(column + threadIdx.x), length_(length) {}
-
-  __device__ __forceinline__ Amount reach(int pivot, bool with_mass) {
-    Amount mine = above_;
-    if (with_mass) {
-      visit([&](int, int pattern) {
-        if (pattern >= pivot) ++mine.count, mine.mass += Scores::value(pattern);
-      });
-    } else {
-      visit([&](int, int pattern) { mine.count += pattern >= pivot; });
+  // Of the listed keys, those that reach a pattern.
+  __device__ __forceinline__ Amount listed_from(int pattern, bool with_mass) {
+    Amount mine{0, 0};
+#pragma unroll 4
+    for (int i = threadIdx.x; i < num_listed_; i += kThreads) {  // those that this thread has put there
+      const int here = memory_.patterns[i];
+      mine.count += here >= pattern;
+      if (with_mass && here >= pattern) mine.mass += Scores::value(here);
     }
     return sum_(mine, with_mass);
   }
 
-  // From here on pivots lie in [lower, upper], between which are `between` keys: lists these if they are few enough.
-  __device__ __forceinline__ void narrow(int lower, int upper, int between) {
-    if (between > (left_ < 0 ? length_ * Scores::kThreads / 2 : listed_ / 4)) return;
-    int left = 0;
-    Amount above = above_;
-    visit([&](int, int pattern) {
-      // The last place is for what does not stay: without a branch all keys take the same time.
-      column_[min(left, length_ - 1) * Scores::kThreads] = pattern;
-      left += pattern >= lower && pattern < upper;
-      if (pattern >= upper) ++above.count, above.mass += Scores::value(pattern);
-    });
-    if (left_ < 0 && sum_.template operator()<true>({left, 0}, false).count >= length_) return;  // too many of a thread
-    left_ = left, above_ = above, listed_ = between;
+  // Of the listed keys, those from `upper` on count as above, and only those that reach `lower` are still between.
+  __device__ __forceinline__ void part(int lower, int upper) {
+    for (int i = threadIdx.x; i < num_words_; i += kThreads) between_[i] = 0;
+    __syncthreads();  // before others set bits
+    for (int i = threadIdx.x; i < num_listed_; i += kThreads) {
+      const int key = memory_.keys[i], here = memory_.patterns[i];
+      if (here >= lower) atomicOr((here >= upper ? above_ : between_) + key / 32, 1u << key % 32);
+    }
+    __syncthreads();  // before others read them
+    of_thread_ = 0;
+    for (int i = first_; i < last_; ++i) of_thread_ += __popc(between_[i]);
   }
 
-  // Every pattern may be asked for again.
-  __device__ __forceinline__ void widen() { left_ = -1, above_ = {0, 0}; }
+  // The first `missing` keys between the bounds stay too.
+  __device__ __forceinline__ void keep_first(int missing) {
+    missing -= sum_.before(of_thread_);
+    for (int i = first_; i < last_ && missing > 0; ++i) {
+      uint32_t rest = between_[i];
+      const int here = __popc(rest);
+      for (int left = missing; left > 0 && rest != 0; --left) rest &= rest - 1;
+      above_[i] |= between_[i] & ~rest;
+      missing -= here;
+    }
+    __syncthreads();  // before others write them out
+  }
 
  private:
-  template <class F>
-  __device__ __forceinline__ void visit(F f) const {
-    if (left_ < 0) {
-      keys_.each(f);
-      return;
-    }
-#pragma unroll(4)
-    for (int i = 0; i < left_; ++i) f(0, column_[i * Scores::kThreads]);
+  static constexpr int kChunkWords = 8 / Scores::kOfWord, kAtOnce = 16 / kChunkWords;
+
+  __device__ __forceinline__ static int pattern(const uint32_t (&words)[kChunkWords], int i) {
+    return Scores::of_word(words[i / Scores::kOfWord], i % Scores::kOfWord);
   }
 
-  const RowKeys<Scores>& keys_;
-  BlockSum<Scores::kThreads>& sum_;
-  int* column_;
-  int length_, left_ = -1;  // keys in this thread's column; -1: all keys
-  int listed_ = 0;          // keys in all columns
-  Amount above_ = {0, 0};   // of this thread's keys that are in no column any more
-};
+  // f(chunk, left, words) for every chunk of eight keys, of which `left` or more lie in front of the row's end.
+  template <class F>
+  __device__ __forceinline__ void visit(F f) const {
+    const int chunks = 4 * num_words_;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < chunks; first += kAtOnce * kThreads) {
+      // Loads that depend on nothing: many are under way at a time.
+      uint32_t words[kAtOnce][kChunkWords];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const uint4* from = reinterpret_cast<const uint4*>(row_) + min(first + i * kThreads, chunks - 1) * (kChunkWords / 4);
+#pragma unroll
+        for (int j = 0; j < kChunkWords / 4; ++j) {
+          const uint4 four = __ldg(from + j);
+          words[i][4 * j] = four.x, words[i][4 * j + 1] = four.y, words[i][4 * j + 2] = four.z, words[i][4 * j + 3] = four.w;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int chunk = first + i * kThreads;
+        if (chunk < chunks) f(chunk, num_keys_ - 8 * chunk, words[i]);
+      }
+    }
+  }
 
-// Votes of a warp to words of neighbouring keys: where a lane has two of them, a vote is about every second key.
-template <int kOfWord>
-__device__ __forceinline__ uint32_t word_of_votes(const uint32_t* votes, int at) {
-  if constexpr (kOfWord == 1) return votes[at];
-  auto spread = [](uint32_t x) {  // bit i to bit 2 i
-    x = (x | x << 8) & 0x00FF00FFu;
-    x = (x | x << 4) & 0x0F0F0F0Fu;
-    x = (x | x << 2) & 0x33333333u;
-    return (x | x << 1) & 0x55555555u;
-  };
-  const int first = at & ~1, shift = at % 2 * 16;
-  return spread(votes[first] >> shift & 0xFFFFu) | spread(votes[first + 1] >> shift & 0xFFFFu) << 1;
-}
-
-// A pattern, and what reaches it.
-struct Bound {
-  int pattern;
-  Amount amount;
+  const uint32_t* row_;
+  Memory& memory_;
+  BlockSum& sum_;
+  uint32_t *above_, *between_;
+  int num_keys_, num_words_;
+  int first_, last_;   // words that this thread counts
+  int of_thread_ = 0;  // keys between the bounds in these words
+  int num_listed_ = 0;
 };
 
 template <class Scores>
-__global__ void __launch_bounds__(Scores::kThreads, kSelectThreads / Scores::kThreads)
+__global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
     select_kernel(const __grid_constant__ SelectArgs args) {
-  constexpr int kThreads = Scores::kThreads, kWarps = kThreads / kWarp;
-  using Sum = BlockSum<kThreads>;
-  extern __shared__ __align__(16) int select_memory[];
-  typename Sum::Parts& parts = *reinterpret_cast<typename Sum::Parts*>(select_memory);
-  uint32_t* better_votes = reinterpret_cast<uint32_t*>(select_memory + sizeof(parts) / sizeof(int));
-  uint32_t* equal_votes = better_votes + args.num_words;
-  int* cut = reinterpret_cast<int*>(equal_votes + args.num_words);
-  int* staged = cut + 4;
+  using Memory = SelectMemory<Scores>;
+  extern __shared__ __align__(16) char select_memory[];
+  Memory& memory = *reinterpret_cast<Memory*>(select_memory);
   const int64_t row = blockIdx.x;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const RowKeys<Scores> keys(static_cast<const typename Scores::Word*>(args.scores) + row * args.stride / Scores::kOfWord,
-                             reinterpret_cast<uint32_t*>(staged), args.staged, args.num_keys);
-  Sum sum(parts);
-  RowSearch<Scores> search(keys, sum, staged + args.staged * kThreads, args.listed);
-  Amount all{Scores::kNone, 0};  // the largest pattern, and the mass of all keys
-  keys.each([&](int, int pattern) {
-    all.count = max(all.count, pattern);
-    if (pattern != Scores::kNone) all.mass += Scores::value(pattern);
-  });
-  all = sum.template operator()<true>(all, true);
-  const Bound lowest{Scores::kLowest, {args.num_keys, all.mass}}, highest{all.count + 1, {0, 0}};
+  const int num_keys = args.num_keys;
+  const SelectRule& rule = args.rule;
+  BlockSum sum(memory.parts);
+  RowKeys<Scores> keys(args, row, memory, sum);
+  RowSample<Scores> sample(keys.words(), num_keys, memory.sample);
 
-  // First the rule, then a search for the number of keys that it and the floors ask for, if that is not the same. Scores
-  // are often alike: the search starts at their mean and leaps until it has the cut between two bounds.
-  const bool by_share = args.rule.rule == Rule::kTopP;
-  const float target = (Scores::kShares ? 1.0f : all.mass) * args.rule.value;
-  const bool broken = all.count > Scores::kInfinity || !isfinite(all.mass) || all.mass < target;
-  Bound lower = lowest, upper = highest;
-  int count = args.rule.top_k, leap = Scores::kOctave / 4;
-  bool counting = args.rule.rule == Rule::kTopK, floors = false;
-  if (by_share && (broken || all.mass == 0)) count = broken ? args.num_keys : 0, counting = true;
-  const int middle = min(max(Scores::pattern(all.mass / args.num_keys), lowest.pattern + 1), all.count);
-  int pivot = args.rule.rule == Rule::kThreshold ? Scores::pattern(args.rule.value) + 1 : middle;
+  // First the rule, then a search for the number of keys that it and the floors ask for, if that is not the same.
+  const Bound lowest{Scores::kLowest, {num_keys, Scores::kUsualMass}}, highest{Scores::kHighest, {0, 0}};
+  Bound lo = lowest, hi = highest;  // of the cut
+  Cut cut{rule.rule == Rule::kTopP, rule.top_k, rule.value};
+  bool by_rule = rule.rule != Rule::kTopK, looked = false, listed = false, broken = false;
+  bool guessed_mass = Scores::kShares && cut.by_mass;  // lo's
+  if (!Scores::kShares && cut.by_mass) {
+    lo.amount.mass = keys.mass();
+    cut.mass *= lo.amount.mass;
+    broken = !isfinite(lo.amount.mass) || lo.amount.mass < cut.mass;
+    if (broken || lo.amount.mass == 0) cut.count = broken ? num_keys : 0, by_rule = false;
+  }
 #pragma unroll 1
-  for (;;) {
-    if (counting && !floors) {
-      floors = true;
-      const int by_rule = count;
-      count = max(count, args.rule.min_keys);
+  for (;; by_rule = false) {
+    bool found = false;
+    if (!by_rule) {
+      cut.by_mass = guessed_mass = false;
+      cut.count = max(cut.count, rule.min_keys);
       if (args.bits == nullptr) {
-        if (threadIdx.x == 0) args.counts[row] = count;
+        if (threadIdx.x == 0) args.counts[row] = cut.count;
         return;
       }
-      if (args.floors != nullptr) count = max(count, __ldg(args.floors + row / args.num_rows));
-      count = min(count, min(args.rule.max_keys, args.num_keys));
-      if (count != by_rule || count > lower.amount.count || count <= upper.amount.count) {
-        search.widen();
-        lower = lowest, upper = highest, leap = Scores::kOctave / 4, pivot = middle;
+      if (args.floors != nullptr) cut.count = max(cut.count, __ldg(args.floors + row / args.num_rows));
+      cut.count = min(cut.count, min(rule.max_keys, num_keys));
+      if (cut.count == 0) break;
+      // What is known already: the bounds that the rule found, those of the last look, or on which side of these.
+      const Bound bottom = memory.bottom, top = memory.top;
+      const bool in_look = looked && cut.reached(bottom.amount) && top.amount.count <= cut.count;
+      if (in_look && (cut.count == top.amount.count || listed || top.pattern - bottom.pattern == 1)) {
+        found = true;
+        if (!(hi.amount.count < cut.count && cut.count <= lo.amount.count)) lo = bottom, hi = top;
+        if (cut.count == top.amount.count) lo = hi = top;
+      } else {
+        lo = looked && cut.reached(top.amount) ? top : lowest;
+        hi = looked && !cut.reached(bottom.amount) ? bottom : highest;
       }
     }
-    if (counting && (count == 0 || lower.amount.count == count)) break;
-    const int width = upper.pattern - lower.pattern, between = lower.amount.count - upper.amount.count;
-    if ((width <= 1 || between <= 1) && (counting || by_share)) {
-      if (counting) break;
-      // The least keys at `lower` that make up the share.
-      const float last = Scores::value(lower.pattern);
-      const float missing = ceilf((target - upper.amount.mass) / (last > 0 ? last : 1.0f));
-      count = upper.amount.count + (between <= 1 ? between : static_cast<int>(fminf(fmaxf(missing, 1.0f), 1.0f * between)));
-      counting = true;
-      continue;
+#pragma unroll 1
+    for (int tries = 0; !found; ++tries) {
+      int lower = lo.pattern, upper = hi.pattern;
+      if (by_rule && !cut.by_mass) {
+        lower = upper = Scores::pattern(rule.value) + 1;
+      } else if (!cut.by_mass && lo.amount.count == cut.count) {
+        upper = lower;
+      } else if (lo.amount.count - hi.amount.count > Memory::kListed && upper - lower > 1) {
+        if (tries < 3) {
+          sample.guess(sum, cut, lo, hi, guessed_mass ? Scores::kMassSpread : 0, Memory::kListed, lower, upper);
+          upper = max(upper, lower + 1);  // whatever rounding made of it
+        }
+        if (lower == lo.pattern && upper == hi.pattern) lower += (upper - lower) / 2;
+      }
+      Amount above, between;
+      keys.look(lower, upper, cut.by_mass, above, between);
+      // What was known stays as it was: the same sum in another order may differ.
+      const Bound top = upper == hi.pattern ? hi : Bound{upper, above};
+      const Bound bottom = lower == lo.pattern && !guessed_mass
+                   ? lo
+                   : Bound{lower, {top.amount.count + between.count, top.amount.mass + between.mass}};
+      if (threadIdx.x == 0) memory.bottom = bottom, memory.top = top;
+      __syncthreads();  // bounds are written
+      looked = true, listed = false;
+      if (by_rule && !cut.by_mass) {
+        lo = hi = top, cut.count = top.amount.count;
+        break;
+      }
+      if (guessed_mass && (bottom.amount.mass > Scores::kMostMass ||
+                           (lower == lowest.pattern && !cut.reached(bottom.amount)))) {
+        cut.count = num_keys, broken = true;
+        break;
+      }
+      const bool exactly = !cut.by_mass && (top.amount.count == cut.count || bottom.amount.count == cut.count);
+      if (cut.reached(top.amount)) {
+        lo = top, guessed_mass = false;
+        if (exactly) hi = top, found = true;
+      } else if (!cut.reached(bottom.amount)) {
+        hi = bottom;
+      } else {
+        lo = bottom, hi = top, guessed_mass = false;
+        listed = between.count <= Memory::kListed;
+        if (listed) keys.list(between.count);
+        found = listed || exactly || upper - lower == 1;
+      }
     }
-    const Amount found = search.reach(pivot, by_share && !counting);
-    if (args.rule.rule == Rule::kThreshold && !counting) {
-      lower = {pivot, found}, count = found.count, counting = true;
-      continue;
+    // Among the listed keys.
+#pragma unroll 1
+    while (listed && hi.pattern - lo.pattern > 1 && lo.amount.count - hi.amount.count > 1 &&
+           (cut.by_mass || lo.amount.count != cut.count)) {
+      const int pivot = lo.pattern + (hi.pattern - lo.pattern) / 2;
+      Amount here = keys.listed_from(pivot, cut.by_mass);
+      here.count += memory.top.amount.count, here.mass += memory.top.amount.mass;
+      (cut.reached(here) ? lo : hi) = {pivot, here};
     }
-    ((counting ? found.count >= count : found.mass >= target) ? lower : upper) = {pivot, found};
-    search.narrow(lower.pattern, upper.pattern, lower.amount.count - upper.amount.count);
-    const int half = (upper.pattern - lower.pattern) / 2;
-    if (lower.pattern == lowest.pattern) {
-      pivot = upper.pattern - min(leap, half);
-    } else {
-      pivot = lower.pattern + (upper.pattern == highest.pattern ? min(leap, half) : half);
+    if (!by_rule) break;
+    if (cut.by_mass && !broken) {
+      // The least keys at `lo` that make up the share.
+      const int between = lo.amount.count - hi.amount.count;
+      const float last = Scores::value(lo.pattern);
+      const float missing = ceilf((cut.mass - hi.amount.mass) / (last > 0 ? last : 1.0f));
+      cut.count = hi.amount.count + (between <= 1 ? between : static_cast<int>(fminf(fmaxf(missing, 1.0f), 1.0f * between)));
     }
-    leap = min(2 * leap, 1 << 28);
   }
 
-  // Keys above `lower` stay, and of those at `lower` the first ones.
-  keys.each([&](int number, int pattern) {
-    const uint32_t better = __ballot_sync(kAllLanes, pattern > lower.pattern);
-    const uint32_t equal = __ballot_sync(kAllLanes, pattern == lower.pattern);
-    const int at = (number / Scores::kOfWord * kWarps + warp) * Scores::kOfWord + number % Scores::kOfWord;
-    if (lane == 0 && at < args.num_words) better_votes[at] = better, equal_votes[at] = equal;
-  });
-  const bool ties = count > 0 && lower.amount.count > count;
-  if (threadIdx.x == 0) *cut = args.num_keys;
-  __syncthreads();
-  const int passed = (args.num_keys + 31) / 32;  // words; a row may have more, up to a multiple of four
-  if (ties) {
-    // Every thread counts some neighbouring words, and the one whose words hold the last key that stays looks it up.
-    const int of_thread = (passed + kThreads - 1) / kThreads, first = threadIdx.x * of_thread;
-    int mine = 0;
-    for (int at = first; at < min(first + of_thread, passed); ++at) mine += __popc(word_of_votes<Scores::kOfWord>(equal_votes, at));
-    int up_to = mine;
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int theirs = __shfl_up_sync(kAllLanes, up_to, distance);
-      if (lane >= distance) up_to += theirs;
-    }
-    if (lane == kWarp - 1) parts.counts[0][warp] = up_to;
-    __syncthreads();
-    for (int other = 0; other < warp; ++other) up_to += parts.counts[0][other];
-    int missing = count - upper.amount.count - (up_to - mine);
-    if (missing >= 1 && missing <= mine) {
-      int at = first;
-      uint32_t rest = word_of_votes<Scores::kOfWord>(equal_votes, at);
-      while (missing > __popc(rest)) {
-        missing -= __popc(rest);
-        rest = word_of_votes<Scores::kOfWord>(equal_votes, ++at);
-      }
-      while (--missing > 0) rest &= rest - 1;
-      *cut = 32 * at + __ffs(rest);  // the first key that does not stay
-    }
-    __syncthreads();
+  if (cut.count > 0) {
+    const bool all = lo.amount.count == cut.count;  // that reach lo
+    if (listed) keys.part(lo.pattern, all ? lo.pattern : hi.pattern);
+    if (!(listed && all)) keys.keep_first(cut.count - (all && !listed ? memory.top : hi).amount.count);
   }
   uint32_t* bits = args.bits + row * args.num_words;
-  for (int at = threadIdx.x; at < args.num_words; at += kThreads) {
-    const int left = *cut - 32 * at;
-    const uint32_t first = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0u;
-    const uint32_t kept = word_of_votes<Scores::kOfWord>(better_votes, at) |
-                          (word_of_votes<Scores::kOfWord>(equal_votes, at) & first);
-    bits[at] = at < passed && count > 0 ? kept : 0;
-  }
-  if (threadIdx.x == 0) args.counts[row] = count;
+  for (int i = threadIdx.x; i < args.num_words; i += kSelectThreads) bits[i] = cut.count > 0 ? keys.above(i) : 0;
+  if (threadIdx.x == 0) args.counts[row] = cut.count;
 }
 
 // The floor of a head: a share of the mean count over its queries. One warp a head.

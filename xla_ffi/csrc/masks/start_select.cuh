@@ -1,28 +1,19 @@
 // How the selection of the best keys is launched.
 #pragma once
-#include <algorithm>
-
 #include <cuda_runtime.h>
 
 #include "masks/select_kernel.cuh"
 
 namespace fgattn {
 
-// Selects the best keys of `rows` rows. What does not fit in registers goes to shared memory, keys before columns.
+// Selects the best keys of `rows` rows.
 template <class Scores>
-cudaError_t launch_select(SelectArgs args, int64_t rows, cudaStream_t stream) {
-  constexpr int kWords = 227 * 1024 / 4 * Scores::kThreads / kSelectThreads;  // for each of the blocks that a multiprocessor takes
-  constexpr int kMostListed = 48;
-  const int of_row = sizeof(typename BlockSum<Scores::kThreads>::Parts) / sizeof(int) + 2 * args.num_words + 4;
-  const int places = (kWords - of_row) / Scores::kThreads, of_pass = Scores::kOfWord * Scores::kThreads;
-  const int held = (args.num_keys + of_pass - 1) / of_pass - Scores::kHeld;
-  args.staged = std::min(std::max(held, 0), places - 4);
-  args.listed = std::min(places - args.staged, kMostListed);
-  const int bytes = 4 * (of_row + (args.staged + args.listed) * Scores::kThreads);
+cudaError_t launch_select(const SelectArgs& args, int64_t rows, cudaStream_t stream) {
+  const int bytes = static_cast<int>(SelectMemory<Scores>::bytes(args.num_words));
   auto* kernel = select_kernel<Scores>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(rows), Scores::kThreads, bytes, stream>>>(args);
+  kernel<<<static_cast<unsigned>(rows), kSelectThreads, bytes, stream>>>(args);
   return cudaGetLastError();
 }
 
