@@ -413,7 +413,8 @@ def test_a_nan_ranks_first_and_a_share_of_it_is_everything(kernels, num_keys):
     kept, _ = kernels.exact_mass(scored, best)
     others = np.delete(np.arange(num_keys), 77)
     least = np.sort(scored.probabilities[0, 0, 0, others])[-29]
-    assert kept[0, 0, 0, 77] and (kept[0, 0, 0, others] == (scored.probabilities[0, 0, 0, others] >= least)).all()
+    assert kept[0, 0, 0, 77]
+    assert (kept[0, 0, 0, others] == (scored.probabilities[0, 0, 0, others] >= least)).all()
     assert kernels.exact_mass(scored, share)[0].all()
     # The LSE of a mean is that of all keys: each of its probabilities is NaN.
     kept, _ = kernels.mean_mask(scored, best)

@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "masks/best_key.cuh"
 #include "masks/exact_kernel.cuh"
 #include "masks/mask_launch.h"
 #include "masks/start.cuh"
@@ -10,18 +11,11 @@
 namespace fgattn {
 namespace {
 
-constexpr int kBestThreads = 256;
-
-__device__ __forceinline__ float number(const __nv_bfloat16* x) { return __bfloat162float(*x); }
-__device__ __forceinline__ float number(const __half* x) { return __half2float(*x); }
-
-// One block a row of the mask. Rows that keep nothing are rare: plain loops will do.
+// One block a row of the mask.
 template <class Element>
 __global__ void __launch_bounds__(kBestThreads) keep_best_kernel(const __grid_constant__ ExactMaskArgs call) {
   const ScoreArgs& args = call.scores;
   extern __shared__ __align__(8) int best_of_threads[];
-  float* best_score = reinterpret_cast<float*>(best_of_threads);
-  int* best_key = best_of_threads + kBestThreads;
   const int64_t row = blockIdx.x;
   if (call.counts[row] != 0) return;
   const int64_t head = row / args.num_rows;
@@ -35,30 +29,18 @@ __global__ void __launch_bounds__(kBestThreads) keep_best_kernel(const __grid_co
   const int32_t* order = args.query_order == nullptr ? nullptr
                                                      : args.query_order + batch * args.query_order_strides.batch +
                                                            of_batch * args.query_order_strides.head;
-  float score = -1;
-  int best = 0;
-  for (int key = threadIdx.x; key < args.num_keys; key += kBestThreads) {
+  const int best = best_key(args.num_keys, best_of_threads, [&](int key) {
     float here = 0;  // the probability of no query
     for (int position = first; position < last; ++position) {
       const int token = min(max(order == nullptr ? position : order[position], 0), args.num_queries - 1);
       const float lse = args.lse[head * args.num_queries + token];
       if (lse == -INFINITY) continue;
-      float product = 0;
-      for (int i = 0; i < args.head_dim; ++i) {
-        product = fmaf(number(queries + token * args.query_strides.token + i),
-                       number(keys + key * args.key_strides.token + i), product);
-      }
+      const float product = dot(queries + token * args.query_strides.token, keys + key * args.key_strides.token, args.head_dim);
       here = fmaxf(here, expf(fmaf(product, *args.scale, -lse)));
     }
-    if (here > score) score = here, best = key;
-  }
-  best_score[threadIdx.x] = score, best_key[threadIdx.x] = best;
-  __syncthreads();
+    return here;
+  });
   if (threadIdx.x != 0) return;
-  for (int i = 1; i < kBestThreads; ++i) {
-    const bool better = best_score[i] > score || (best_score[i] == score && best_key[i] < best);
-    if (better) score = best_score[i], best = best_key[i];
-  }
   call.bits[row * args.num_words + best / 32] = 1u << (best % 32);
   call.counts[row] = 1;
 }
@@ -80,7 +62,7 @@ cudaError_t launch_blocks(const ExactMaskArgs& args, int num_sms, cudaStream_t s
   if (error != cudaSuccess || !args.keep_best) return error;
   auto* kernel = keep_best_kernel<Element>;
   const int rows = args.scores.batch * args.scores.num_heads * args.scores.num_rows;
-  kernel<<<rows, kBestThreads, 2 * kBestThreads * sizeof(int), stream>>>(args);
+  kernel<<<rows, kBestThreads, kBestBytes, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -4,7 +4,7 @@
 // A line is the mean of a row's queries, or of a part of them, in the queries' dtype. A block takes 256 lines of a head,
 // half for each consumer, which hold them in registers, and a part of the keys; the LSE of a line comes from the parts. A
 // consumer's scores come in two groups of 64 lines, as in scores.cuh, with its barriers: while the tensor cores make one,
-// it looks at the other. (Products of 64 keys would be half as fast: what is held in registers is read for each anew.) The
+// it looks at the other. Products take 128 keys: with 64 a call took 219 us instead of 206 (docs/notes/mask_kernels.md). The
 // means of a row with more than one are neighbours, and so are the lanes that have them.
 #pragma once
 #include <cstdint>
@@ -90,7 +90,7 @@ struct MeanWork {
   }
 };
 
-// One block a line: its mean; zeros behind the last.
+// One block a line: its mean; zeros behind the last. And zeros to the counts that mean_bits_kernel adds to.
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(128) mean_queries_kernel(const __grid_constant__ MeanWork work) {
   constexpr int kChunks = kHeadDim / 8, kAtOnce = 128 / kChunks;  // queries; 16 bytes a thread
@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(128) mean_queries_kernel(const __grid_constant
   const int32_t* order = args.query_order == nullptr ? nullptr
                                                      : args.query_order + batch * args.query_order_strides.batch +
                                                            of_batch * args.query_order_strides.head;
+  if (threadIdx.x == 0 && line < args.num_rows) work.args.counts[head * args.num_rows + line] = 0;
   const int of_line = args.query_block / work.args.num_means;
   const int first = min(line * of_line, args.num_queries), last = min(first + of_line, args.num_queries);
   float sum[8] = {};

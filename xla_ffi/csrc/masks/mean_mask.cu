@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "masks/best_key.cuh"
 #include "masks/mask_launch.h"
 #include "masks/mean_kernel.cuh"
 #include "masks/start.cuh"
@@ -13,47 +14,31 @@
 namespace fgattn {
 namespace {
 
-constexpr int kBestThreads = 256;
-
 // One block a row, as keep_best_kernel of exact_mask.cu.
 template <class Element>
 __global__ void __launch_bounds__(kBestThreads) keep_best_of_mean_kernel(const __grid_constant__ MeanWork work) {
   extern __shared__ __align__(8) int best_of_threads[];
-  float* best_score = reinterpret_cast<float*>(best_of_threads);
-  int* best_key = best_of_threads + kBestThreads;
   const ScoreArgs& args = work.args.scores;
   const int64_t row = blockIdx.x;
   if (work.args.counts[row] != 0) return;
   const int head = static_cast<int>(row / args.num_rows), batch = head / args.num_heads;
   const int kv = head % args.num_heads / (args.num_heads / args.num_kv_heads);
   const int first_line = static_cast<int>(row % args.num_rows) * work.args.num_means;
-  const uint16_t* means = reinterpret_cast<const uint16_t*>(work.means(head)) + int64_t{first_line} * args.head_dim;
-  const uint16_t* keys = static_cast<const uint16_t*>(args.key) + batch * args.key_strides.batch +
-                         kv * args.key_strides.head;
+  const Element* means = reinterpret_cast<const Element*>(work.means(head)) + int64_t{first_line} * args.head_dim;
+  const Element* keys = static_cast<const Element*>(args.key) + batch * args.key_strides.batch +
+                        kv * args.key_strides.head;
   const float factor = kLog2E * *args.scale;
-  float score = -1;
-  int best = 0;
-  for (int key = threadIdx.x; key < args.num_keys; key += kBestThreads) {
+  const int best = best_key(args.num_keys, best_of_threads, [&](int key) {
     float here = 0;
     for (int part = 0; part < work.args.num_means; ++part) {
       const float share = work.share(first_line + part);
       if (share == 0) continue;
-      float product = 0;
-      for (int i = 0; i < args.head_dim; ++i) {
-        product = fmaf(ptx::unpack<Element>(means[part * args.head_dim + i], 0),
-                       ptx::unpack<Element>(keys[key * args.key_strides.token + i], 0), product);
-      }
+      const float product = dot(means + part * args.head_dim, keys + key * args.key_strides.token, args.head_dim);
       here += share * ptx::exp2(fmaf(product, factor, -work.lse(head, first_line + part)));
     }
-    if (here > score) score = here, best = key;
-  }
-  best_score[threadIdx.x] = score, best_key[threadIdx.x] = best;
-  __syncthreads();
+    return here;
+  });
   if (threadIdx.x != 0) return;
-  for (int i = 1; i < kBestThreads; ++i) {
-    const bool better = best_score[i] > score || (best_score[i] == score && best_key[i] < best);
-    if (better) score = best_score[i], best = best_key[i];
-  }
   work.args.bits[row * args.num_words + best / 32] = 1u << (best % 32);
   work.args.counts[row] = 1;
 }
@@ -136,13 +121,11 @@ cudaError_t launch(const MeanMaskArgs& args, int num_sms, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (args.ranks) return launch_ranked<C>(work, heads, num_sms, stream);
 
-  error = cudaMemsetAsync(args.counts, 0, sizeof(int32_t) * heads * s.num_rows, stream);
-  if (error != cudaSuccess) return error;
   auto* bits = args.num_means == 1 ? mean_bits_kernel<C, true> : mean_bits_kernel<C, false>;
   error = launch_pass<C>(bits, work, heads, stream);
   if (error != cudaSuccess || !args.keep_best) return error;
   auto* best = keep_best_of_mean_kernel<Element>;
-  best<<<heads * s.num_rows, kBestThreads, 2 * kBestThreads * sizeof(int), stream>>>(work);
+  best<<<heads * s.num_rows, kBestThreads, kBestBytes, stream>>>(work);
   return cudaGetLastError();
 }
 

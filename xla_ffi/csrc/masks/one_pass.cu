@@ -5,31 +5,26 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "masks/best_key.cuh"
 #include "masks/one_pass_kernel.cuh"
 #include "masks/one_pass_launch.h"
 
 namespace fgattn {
 namespace {
 
-constexpr int kRowThreads = 256;
-
-__device__ __forceinline__ float number(const __nv_bfloat16* x) { return __bfloat162float(*x); }
-__device__ __forceinline__ float number(const __half* x) { return __half2float(*x); }
-
-// One block a row of the mask: its count, and the best key of a row that keeps nothing. Those are rare: plain loops will
-// do.
+// One block a row of the mask: its count, and the best key of a row that keeps nothing.
 template <class Element>
-__global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const __grid_constant__ OnePassArgs call) {
+__global__ void __launch_bounds__(kBestThreads) finish_rows_kernel(const __grid_constant__ OnePassArgs call) {
   const AttentionArgs& args = call.attention;
   extern __shared__ __align__(8) int of_threads[];  // counts or scores, then keys
   const int64_t row = blockIdx.x;
   uint32_t* bits = call.bits + row * args.num_words;
   int count = 0;
-  for (int i = threadIdx.x; i < args.num_words; i += kRowThreads) count += __popc(bits[i]);
+  for (int i = threadIdx.x; i < args.num_words; i += kBestThreads) count += __popc(bits[i]);
   of_threads[threadIdx.x] = count;
   __syncthreads();
   count = 0;
-  for (int i = 0; i < kRowThreads; ++i) count += of_threads[i];
+  for (int i = 0; i < kBestThreads; ++i) count += of_threads[i];
   if (count != 0 || !call.keep_best) {
     if (threadIdx.x == 0) call.counts[row] = count;
     return;
@@ -41,33 +36,19 @@ __global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const __grid_c
   const WorkItem work{batch, of_batch, 0, 0};
   const Element* queries = static_cast<const Element*>(args.query) + query_offset(work, args.query_strides);
   const Element* keys = static_cast<const Element*>(args.key) + key_offset(args, work, args.key_strides);
-  float score = -1;
-  int best = 0;
-  for (int key = threadIdx.x; key < args.num_keys; key += kRowThreads) {
+  __syncthreads();  // everybody has added up the counts
+  const int best = best_key(args.num_keys, of_threads, [&](int key) {
     float here = 0;  // the probability of no query
     for (int position = first; position < last; ++position) {
       const int token = min(max(query_token(args, work, position), 0), args.num_queries - 1);
       const float lse = call.last_lse[head * args.num_queries + token];
       if (lse == -INFINITY) continue;
-      float product = 0;
-      for (int i = 0; i < args.head_dim; ++i) {
-        product = fmaf(number(queries + token * args.query_strides.token + i),
-                       number(keys + key * args.key_strides.token + i), product);
-      }
+      const float product = dot(queries + token * args.query_strides.token, keys + key * args.key_strides.token, args.head_dim);
       here = fmaxf(here, expf(fmaf(product, args.scale, -lse)));
     }
-    if (here > score) score = here, best = key;
-  }
-  float* score_of = reinterpret_cast<float*>(of_threads);
-  int* key_of = of_threads + kRowThreads;
-  __syncthreads();  // everybody has added up the counts
-  score_of[threadIdx.x] = score, key_of[threadIdx.x] = best;
-  __syncthreads();
+    return here;
+  });
   if (threadIdx.x != 0) return;
-  for (int i = 1; i < kRowThreads; ++i) {
-    const bool better = score_of[i] > score || (score_of[i] == score && key_of[i] < best);
-    if (better) score = score_of[i], best = key_of[i];
-  }
   bits[best / 32] = 1u << (best % 32);
   call.counts[row] = 1;
 }
@@ -94,7 +75,7 @@ cudaError_t launch_blocks(const OnePassArgs& args, int num_sms, cudaStream_t str
   if (error != cudaSuccess) return error;
   auto* kernel = finish_rows_kernel<Element>;
   const int rows = args.attention.batch * args.attention.num_heads * args.attention.num_rows;
-  kernel<<<rows, kRowThreads, 2 * kRowThreads * sizeof(int), stream>>>(args);
+  kernel<<<rows, kBestThreads, kBestBytes, stream>>>(args);
   return cudaGetLastError();
 }
 
