@@ -323,7 +323,7 @@ def assert_best_of_means(kept, counts, scores, budget: Budget):
 MANY = 9001  # keys: more than are listed at once, so that a sample of them says where the cut lies
 
 
-def not_sampled(num_words: int, num_sampled: int = 1024) -> np.ndarray:
+def not_sampled(num_words: int, num_sampled: int) -> np.ndarray:
     """Words of a row that select_bracket.cuh does not look at when it samples."""
     stretch = np.arange(num_sampled, dtype=np.int64)
     first, behind = stretch * num_words // num_sampled, (stretch + 1) * num_words // num_sampled
@@ -338,7 +338,7 @@ def rows_of_scores() -> dict[str, np.ndarray]:
     plain, heavy = rng.standard_normal(MANY), rng.standard_normal(MANY)
     heavy[[17, 5000]] = 9, 11
     # Keys that the sample misses: the guess must be found wrong, from above and from below.
-    keys_missed, words_missed = not_sampled(MANY), not_sampled((MANY + 1) // 2)
+    keys_missed, words_missed = not_sampled(MANY, 2048), not_sampled((MANY + 1) // 2, 1024)
     high, low = plain / 4, plain / 4
     high[keys_missed] += 5
     low[keys_missed] -= 5

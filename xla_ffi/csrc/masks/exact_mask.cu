@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kBestThreads) keep_best_kernel(const __grid_co
       const int token = min(max(order == nullptr ? position : order[position], 0), args.num_queries - 1);
       const float lse = args.lse[head * args.num_queries + token];
       if (lse == -INFINITY) continue;
-      const float product = dot(queries + token * args.query_strides.token, keys + key * args.key_strides.token, args.head_dim);
+      const Element* query = queries + token * args.query_strides.token;
+      const float product = dot(query, keys + key * args.key_strides.token, args.head_dim);
       here = fmaxf(here, expf(fmaf(product, *args.scale, -lse)));
     }
     return here;

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kBestThreads) finish_rows_kernel(const __grid_
       const int token = min(max(query_token(args, work, position), 0), args.num_queries - 1);
       const float lse = call.last_lse[head * args.num_queries + token];
       if (lse == -INFINITY) continue;
-      const float product = dot(queries + token * args.query_strides.token, keys + key * args.key_strides.token, args.head_dim);
+      const Element* query = queries + token * args.query_strides.token;
+      const float product = dot(query, keys + key * args.key_strides.token, args.head_dim);
       here = fmaxf(here, expf(fmaf(product, args.scale, -lse)));
     }
     return here;

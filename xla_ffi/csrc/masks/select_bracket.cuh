@@ -2,7 +2,7 @@
 //
 // The sample is a word of every stretch of the row, at a place of the stretch that looks random but is the same in every
 // run: keys of a video come in periods that a fixed step could fall in with. What lies below a pattern is counted, or
-// summed, in bins of patterns; a pattern bounds the cut if the sample says so with five standard deviations to spare. A
+// summed, in bins of patterns; a pattern bounds the cut if the sample says so with room to spare. A
 // share is asked of what is *not* kept, whose scores are all small: the few keys that hold much of a row are not in most
 // samples. A wrong guess costs another look and nothing else.
 #pragma once
@@ -31,7 +31,8 @@ struct Cut {
 template <class Scores>
 class RowSample {
  public:
-  static constexpr int kThreads = kSelectThreads, kWords = 4, kOfThread = 4, kBins = kOfThread * kThreads;
+  static constexpr int kThreads = kSelectThreads, kWords = 8 / Scores::kOfWord;  // of a thread
+  static constexpr int kOfThread = 4, kBins = kOfThread * kThreads;
 
   // `shared`: kBins + 4 numbers.
   __device__ __forceinline__ RowSample(const uint32_t* row, int num_keys, int* shared)
@@ -44,6 +45,7 @@ class RowSample {
     lower = lo.pattern, upper = hi.pattern;
     // Edges 0 to 2: of the sampled keys in [lo, lower) the number, weights, and squares of weights; 3: those below `upper`.
     float all = -1;  // sampled keys in [lo, hi)
+    __syncthreads();  // the place of the bins may be read as something else before
     if (threadIdx.x < 3) edge(threadIdx.x) = 0;
 #pragma unroll 1
     for (;;) {
@@ -72,8 +74,8 @@ class RowSample {
       each_bin(cut, lower, upper, shift, here, [&](int pattern) {
         const float variance = cut.by_mass ? here[2] : here[0] * (all - here[0]) * of_all;
         const float unit = cut.by_mass ? Scores::value(pattern) : 1.0f;
-        // To spare are five standard deviations, three keys, and what is not known of the sum.
-        const float gap = light - scale * here[1], spare = fabsf(gap) - scale * 3 * unit - slack;
+        // To spare are five standard deviations, eight keys (some may be in no sample), and what is not known of the sum.
+        const float gap = light - scale * here[1], spare = fabsf(gap) - scale * 8 * unit - slack;
         if (pattern == lower || spare < 0 || spare * spare < 25 * scale * scale * variance) return;
         (gap > 0 ? best.x : best.y) = gap > 0 ? max(best.x, pattern) : max(best.y, -pattern);
       });
@@ -96,7 +98,7 @@ class RowSample {
   __device__ __forceinline__ void count_sample(int lower, int upper, int shift) const {
     constexpr uint32_t kStretches = kWords * kThreads;
     const uint32_t all = (num_keys_ + Scores::kOfWord - 1) / Scores::kOfWord;
-#pragma unroll 2  // four at a time take more registers than there are
+#pragma unroll 2  // all at a time take more registers than there are
     for (int i = 0; i < kWords; ++i) {
       const uint32_t stretch = i * kThreads + threadIdx.x;
       const uint32_t first = stretch * all / kStretches, length = (stretch + 1) * all / kStretches - first;

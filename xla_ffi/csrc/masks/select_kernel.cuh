@@ -308,7 +308,8 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
       const int between = lo.amount.count - hi.amount.count;
       const float last = Scores::value(lo.pattern);
       const float missing = ceilf((cut.mass - hi.amount.mass) / (last > 0 ? last : 1.0f));
-      cut.count = hi.amount.count + (between <= 1 ? between : static_cast<int>(fminf(fmaxf(missing, 1.0f), 1.0f * between)));
+      const float least = fminf(fmaxf(missing, 1.0f), 1.0f * between);
+      cut.count = hi.amount.count + (between <= 1 ? between : static_cast<int>(least));
     }
   }
 
