@@ -149,7 +149,7 @@ def test_the_note_says_what_was_built_from_which_sources(note):
 
 def test_the_library_loads_without_a_driver_and_says_what_it_is(library):
     loaded = ctypes.CDLL(str(library))
-    assert (loaded.fgattn_abi_version(), loaded.fgattn_ffi_api_minor()) == (2, 1)
+    assert (loaded.fgattn_abi_version(), loaded.fgattn_ffi_api_minor()) == (3, 1)
     loaded.fgattn_source_hash.restype = loaded.fgattn_mask_hash.restype = ctypes.c_char_p
     assert loaded.fgattn_source_hash().decode() == gpu_ledger.source_hash()
     assert loaded.fgattn_mask_hash().decode() == gpu_ledger.mask_hash()

@@ -16,8 +16,8 @@ def test_a_video_is_fifty_steps_with_new_masks_every_fifteen():
 
 
 def test_layers_are_extrapolated_on_a_line():
-    few = StepTimes({"refresh": 1.5, "cached": 1.1}, 0.3, None, 10)
-    many = StepTimes({"refresh": 2.5, "cached": 1.3}, 0.3, 7, 20)
+    few = StepTimes({"refresh": 1.5, "cached": 1.1}, 0.3, None, 10, 3.0)
+    many = StepTimes({"refresh": 2.5, "cached": 1.3}, 0.3, 7, 20, 3.0)
     all_layers = extrapolated(few, many, 2, 30)
     assert all_layers.seconds == pytest.approx({"refresh": 0.5 + 30 * 0.5, "cached": 0.9 + 30 * 0.1})
     assert (all_layers.mask_bytes, all_layers.peak_bytes) == (150, 7)
@@ -32,10 +32,12 @@ def test_fewer_layers_keep_the_kinds_of_blocks():
 
 
 def test_steps_of_each_kind_are_timed_and_densities_are_those_asked_for():
-    found = measure("wan-tiny", "cached", density=0.25, layers=1, repeats=1, on_host=False)
-    assert set(found.seconds) == {"refresh", "cached"}
-    assert found.density == pytest.approx(0.25, abs=0.01)
-    assert found.mask_bytes > 0
+    asked = [("cached", 0.25), ("mean-query", 0.5)]
+    exact, mean = measure("wan-tiny", asked, layers=1, repeats=1, frames=5)
+    assert (set(exact.seconds), set(mean.seconds)) == ({"refresh", "cached"}, {"refresh"})
+    assert (exact.density, mean.density) == (pytest.approx(0.25, abs=0.02), pytest.approx(0.5, abs=0.02))
+    assert exact.mask_bytes > mean.mask_bytes == 0
+    assert exact.first_step_s > exact.seconds["refresh"]
 
 
 @pytest.mark.slow
@@ -49,3 +51,5 @@ def test_rows_name_what_was_not_measured(tmp_path, capsys):
     assert kept["dense"]["speed"] == 1
     assert kept["cached"]["refresh_s"] > 0
     assert kept["cached"]["weights"] == "random"
+    assert (kept["cached"]["device"], kept["cached"]["peak_bytes"]) == ("x86_64 CPU", None)
+    assert kept["cached"]["command"].startswith("python -m benchmarks.video --shapes hunyuan-tiny")

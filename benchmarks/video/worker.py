@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from fgattn_jax.cli import _generate_families as families
@@ -16,62 +17,86 @@ class StepTimes:
     Attributes:
         seconds: by "dense", "refresh" or "cached"; kinds that did not run are missing.
         density: share of slices that steps under masks computed; 1 where all were dense.
-        peak_bytes: most device memory that was in use; None where the device does not say.
+        peak_bytes: most device memory that was in use; None where the device does not say, and for "none".
         mask_bytes: of the masks that are kept.
+        first_step_s: seconds of the first step, compilation included.
     """
 
     seconds: dict[str, float]
     density: float
     peak_bytes: int | None
     mask_bytes: int
+    first_step_s: float
 
 
 def measure(
-    shape: str, attention: str, *, density: float, layers: int | None, repeats: int, on_host: bool
-) -> StepTimes:
+    shape: str,
+    asked: Sequence[tuple[str, float]],
+    *,
+    layers: int | None = None,
+    frames: int | None = None,
+    repeats: int = 2,
+    on_host: bool = False,
+) -> list[StepTimes]:
     """Time denoising steps of a model with random weights.
 
     Args:
         shape: a name of `fgattn generate --random-weights`.
-        attention: "dense"; "none", values handed on as they are; "cached", exact masks that are kept; "mean-query",
-            masks made at every step.
-        density: share of the keys that every row keeps.
+        asked: attentions, one after the other, and the share of the keys that every row keeps. "dense"; "none",
+            values handed on as they are; "cached", exact masks that are kept; "mean-query", masks made at every step.
+            The same attention with other shares takes the same memory: what is kept are bits.
         layers: that many layers instead of all.
+        frames: of the clip, instead of those of the name.
         repeats: steps of each kind that are timed, after one that is not.
         on_host: keep masks in host memory.
     """
     import jax
     import jax.numpy as jnp
 
-    from fgattn_jax.models.video.sampling import sample
-
     chosen = families.RANDOM_MODELS[shape]
     facts, config = families.FAMILIES[chosen.family], families.random_config(chosen)
     if layers is not None:
         config = with_layers(config, layers)
-    package = families.package(chosen.family)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = package.random(config, dtype=dtype, seed=0)
+    model = families.package(chosen.family).random(config, dtype=dtype, seed=0)
     branches = 1 if facts.embedded_guidance else 2
     conditions = families.conditions(
         families.random_embeddings(chosen, 0), num_branches=branches, guidance=facts.guidance, config=config
     )
-    latent = ((chosen.frames - 1) // 4 + 1, chosen.size[0] // 8, chosen.size[1] // 8)
-    steps = 2 * (repeats + 1)
-    times: list[tuple[str, float, float]] = []
+    latent = (((frames or chosen.frames) - 1) // 4 + 1, chosen.size[0] // 8, chosen.size[1] // 8)
+    settings = {
+        "scheduler": families.scheduler(facts, None, None, chosen.size),
+        "guidance": 1.0 if facts.embedded_guidance else facts.guidance,
+    }
+    return [
+        _steps(model, conditions, latent, attention, density, on_host=on_host, repeats=repeats, settings=settings)
+        for attention, density in asked
+    ]
 
+
+def _steps(
+    model: Any, conditions: Any, latent: Any, attention: str, density: float, *, on_host: bool, repeats: int,
+    settings: dict[str, Any],
+) -> StepTimes:  # fmt: skip
+    """Times of one attention."""
+    import jax
+    import jax.numpy as jnp
+
+    from fgattn_jax.models.video.sampling import sample
+
+    kinds = 2 if attention == "cached" else 1
+    times: list[tuple[str, float, float]] = []
     result = sample(
         model,
         conditions,
         (jax.random.key(1), latent),
-        steps=steps,
-        scheduler=families.scheduler(facts, None, None, chosen.size),
-        guidance=1.0 if facts.embedded_guidance else facts.guidance,
-        attention=_attention(attention, config.grid(*latent), density, on_host),
+        steps=kinds * (repeats + 1),
+        attention=_attention(attention, model.config.grid(*latent), density, on_host),
         progress=lambda step, kind, kept, seconds: times.append((kind, kept, seconds)),
+        **settings,
     )
     assert bool(jnp.isfinite(result.latents).all())
-    timed = times[2:]  # the first step of every kind may compile
+    timed = times[kinds:]  # the first step compiles
     seconds = {
         kind: statistics.median(taken for other, _, taken in timed if other == kind)
         for kind in dict.fromkeys(kind for kind, _, _ in timed)
@@ -82,8 +107,10 @@ def measure(
     return StepTimes(
         seconds,
         statistics.mean(kept) if kept else 1.0,
-        stats.get("peak_bytes_in_use"),
+        # "none" runs behind another attention, whose peak this is.
+        None if attention == "none" else stats.get("peak_bytes_in_use"),
         0 if stored is None else sum(leaf.nbytes for leaf in jax.tree.leaves(stored)),
+        times[0][2],
     )
 
 
