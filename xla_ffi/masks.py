@@ -167,7 +167,7 @@ def mean_mask(
     query_block: int,
     num_means: int = 1,
     keep_best: bool = False,
-    workspace_bytes: int = 1 << 27,
+    workspace_bytes: int = 1 << 29,
 ) -> tuple[UInt32[Array, "B N R W"], Int32[Array, "B N R"]]:
     """The keys that the mean queries of a row attend to, and how many these are.
 

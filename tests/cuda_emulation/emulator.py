@@ -15,7 +15,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "xla_ffi" / "csrc"
 # Taken from here instead: what stands in for instructions of the device.
-REPLACED = ("ptx.cuh", "wgmma.cuh")
+REPLACED = ("ptx.cuh", "wgmma.cuh", "masks/carry.cuh")
 OWN = tuple(HERE / name for name in ("driver.cc", "threads.cc", "memory.cc", "products.cc"))
 MASK_FILES = tuple(f"masks/{name}.cu" for name in ("exact_mask", "exact_mass", "mean_mask", "one_pass"))
 # Those that take longest come first.

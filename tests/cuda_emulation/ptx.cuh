@@ -43,6 +43,7 @@ inline void take_registers(EMULATION_SITE) {
 }
 
 inline float exp2(float x) {
+  if (x != x) return emulation::bits_as<float>(0x7FFFFFFFu);  // the NaN that a GPU gives
   const float y = exp2f(x);
   return y < 1.17549435e-38f ? 0.0f : y;  // ftz
 }

@@ -49,6 +49,14 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t from = selector >> (4 * i) & 7, byte = (from < 4 ? x >> (8 * from) : y >> (8 * (from - 4))) & 255;
+    result |= byte << (8 * i);
+  }
+  return result;
+}
 inline int __float_as_int(float x) { return emulation::bits_as<int>(x); }
 inline float __int_as_float(int x) { return emulation::bits_as<float>(x); }
 

@@ -430,8 +430,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_probabilities_kernel(cons
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float* pair = scores + 16 * four + 4 * i + 2 * line;
-            pairs[i] = static_cast<uint32_t>(HalfScores<4096>::pattern(pair[0])) |
-                       static_cast<uint32_t>(HalfScores<4096>::pattern(pair[1])) << 16;
+            pairs[i] = HalfScores<4096>::pair(pair[0], pair[1]);
           }
           // The four lanes of a line turn their 4 x 4 pairs, so that each has eight neighbouring columns.
 #pragma unroll

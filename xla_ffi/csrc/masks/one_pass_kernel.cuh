@@ -30,7 +30,7 @@ struct OnePassConfig {
   static constexpr int kHeadDim = kHeadDim_, kMaskBlock = kMaskBlock_;
   static constexpr bool kPaired = false;
   static constexpr int kQueries = 128, kQueryBlock = kQueries;  // an item counts as one row
-  static constexpr int kTileKeys = kHeadDim == 128 ? 96 : 128;
+  static constexpr int kTileKeys = 128;
   static constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * 128;
   static constexpr int kDecodeWarps = 1;  // the one that announces; it reads the items like the other gathering warps
   static constexpr int kGatherThreads = 128;

@@ -9,13 +9,12 @@
 #pragma once
 #include <cstdint>
 
+#include "masks/carry.cuh"
 #include "masks/mask_launch.h"
 #include "masks/select_bracket.cuh"
 #include "masks/select_scores.cuh"
 
 namespace fgattn {
-
-constexpr int kSelectBlocks = 3;  // of a multiprocessor
 
 struct SelectArgs {
   const void* scores;  // [rows, stride], as the keys' kind has it; only num_keys of a row count; at multiples of 16 bytes
@@ -74,17 +73,19 @@ class RowKeys {
   // Finds the keys at or above `upper`, and those that reach `lower` only: how many of both, and with_mass what they hold.
   __device__ __forceinline__ void look(int lower, int upper, bool with_mass, Amount& above, Amount& between) {
     float held_above = 0, held_between = 0;
+    const uint32_t from_upper = Scores::negative_bound(upper), from_lower = Scores::negative_bound(lower);
     visit([&](int chunk, int left, const uint32_t (&words)[kChunkWords]) {
       uint32_t upper_bits = 0, lower_bits = 0;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int here = pattern(words, i);
-        if (here >= upper) upper_bits |= 1u << i;
-        if (here >= lower) lower_bits |= 1u << i;
+      for (int i = 7; i >= 0; --i) {
+        const uint32_t here = Scores::compared(words[i / Scores::kOfWord], i % Scores::kOfWord);
+        upper_bits = ptx::shift_in_reached(upper_bits, here, from_upper);
+        lower_bits = ptx::shift_in_reached(lower_bits, here, from_lower);
       }
-      const uint32_t inside = left >= 8 ? 255u : left > 0 ? (1u << left) - 1 : 0u;
-      upper_bits &= inside, lower_bits &= inside & ~upper_bits;
+      lower_bits &= ~upper_bits;
       if (with_mass) {
+        const uint32_t inside = left >= 8 ? 255u : left > 0 ? (1u << left) - 1 : 0u;
+        upper_bits &= inside, lower_bits &= inside;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float value = Scores::value(pattern(words, i));
@@ -97,7 +98,10 @@ class RowKeys {
     });
     __syncthreads();  // all bits are written
     above = {0, held_above}, between = {0, held_between};
-    for (int i = first_; i < last_; ++i) above.count += __popc(above_[i]), between.count += __popc(between_[i]);
+    for (int i = first_; i < last_; ++i) {
+      if (32 * i + 32 > num_keys_) above_[i] &= valid_bits(i, num_keys_), between_[i] &= valid_bits(i, num_keys_);
+      above.count += __popc(above_[i]), between.count += __popc(between_[i]);
+    }
     of_thread_ = between.count;
     above = sum_(above, with_mass), between = sum_(between, with_mass);
   }
@@ -119,12 +123,17 @@ class RowKeys {
 
   // Of the listed keys, those that reach a pattern.
   __device__ __forceinline__ Amount listed_from(int pattern, bool with_mass) {
+    // Every thread reads what it has put there.
     Amount mine{0, 0};
+    if (with_mass) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < num_listed_; i += kThreads) {  // those that this thread has put there
-      const int here = memory_.patterns[i];
-      mine.count += here >= pattern;
-      if (with_mass && here >= pattern) mine.mass += Scores::value(here);
+      for (int i = threadIdx.x; i < num_listed_; i += kThreads) {
+        const int here = memory_.patterns[i];
+        if (here >= pattern) ++mine.count, mine.mass += Scores::value(here);
+      }
+    } else {
+#pragma unroll 4
+      for (int i = threadIdx.x; i < num_listed_; i += kThreads) mine.count += memory_.patterns[i] >= pattern;
     }
     return sum_(mine, with_mass);
   }
@@ -198,7 +207,7 @@ class RowKeys {
 };
 
 template <class Scores>
-__global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
+__global__ void __launch_bounds__(kSelectThreads, Scores::kBlocks)
     select_kernel(const __grid_constant__ SelectArgs args) {
   using Memory = SelectMemory<Scores>;
   extern __shared__ __align__(16) char select_memory[];

@@ -15,6 +15,7 @@ struct WholeScores {
   using Pattern = int32_t;
   static constexpr int kListed = 8192, kOfWord = 1;  // keys that may be listed; keys of 32 bits
   static constexpr bool kShares = false;             // whether scores of a row add up to 1
+  static constexpr int kBlocks = 3;                  // of a multiprocessor; four would spill
   static constexpr int kLowest = 0, kHighest = 0x7FFFFFFF;  // of patterns, and behind the last
   static constexpr int kNone = -1;                          // behind the last key
   static constexpr float kUsualMass = 0, kMassSpread = 0, kMostMass = 0;
@@ -25,6 +26,11 @@ struct WholeScores {
   __device__ __forceinline__ static int of_number(float score) { return pattern(score); }
   __device__ __forceinline__ static int of_word(uint32_t word, int) {
     return min(static_cast<int>(word & 0x7FFFFFFFu), kHighest - 1);
+  }
+  // Numbers that `ptx::shift_in_reached` compares: of a key, and of a bound.
+  __device__ __forceinline__ static uint32_t compared(uint32_t word, int) { return 2 * word + 1; }
+  __device__ __forceinline__ static uint32_t negative_bound(int pattern) {
+    return pattern == kLowest ? ~0u : pattern == kHighest ? 0u : 0u - 2 * static_cast<uint32_t>(pattern);
   }
 };
 
@@ -40,13 +46,27 @@ struct HalfScores {
   // What the keys of a row hold: 1, but for what rounding takes. Only a key that is NaN has a value of nearly 2.
   static constexpr float kUsualMass = 0.99965f, kMassSpread = 0.0004f, kMostMass = 1.5f;
   static constexpr int kZero = 64 << 10;  // pattern 0 as a float32 without its last 13 bits
+  static constexpr int kBlocks = 4;       // of a multiprocessor
   __device__ __forceinline__ static int pattern(float score) {
     return score == score ? min(max((__float_as_int(score) >> 13) - kZero, 1), 0xFFFE) : 0xFFFF;
+  }
+  // Patterns of two numbers that are below 2, as probabilities are, or the one NaN that arithmetic gives, all bits set:
+  // of a float32 without its last 13 bits the next 16 are the pattern.
+  __device__ __forceinline__ static uint32_t pair(float low, float high) {
+    constexpr int kLeast = (kZero + 1) << 13;
+    static_assert(kZero == 1 << 16);
+    const uint32_t a = max(__float_as_int(low), kLeast), b = max(__float_as_int(high), kLeast);
+    return __byte_perm(a >> 13, b << 3, 0x7610);
   }
   __device__ __forceinline__ static float value(int pattern) { return __int_as_float((pattern + kZero) << 13); }
   __device__ __forceinline__ static int of_number(uint16_t number) { return number; }
   __device__ __forceinline__ static int of_word(uint32_t word, int i) {
     return static_cast<int>(i == 0 ? word & 0xFFFFu : word >> 16);
+  }
+  // Numbers that `ptx::shift_in_reached` compares: the key in the high half, whatever the low one holds. No bound is 0.
+  __device__ __forceinline__ static uint32_t compared(uint32_t word, int i) { return i == 0 ? word << 16 : word; }
+  __device__ __forceinline__ static uint32_t negative_bound(int pattern) {
+    return 0u - (static_cast<uint32_t>(pattern) << 16);
   }
 };
 
