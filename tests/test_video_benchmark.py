@@ -1,11 +1,13 @@
 """The benchmark of whole denoising steps: sums over a video, extrapolation, rows. Tiny models; no speed is checked."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks.video.__main__ import extrapolated, main, video_seconds
+from benchmarks.video.__main__ import ROWS, extrapolated, main, summary, video_seconds
 from benchmarks.video.worker import StepTimes, measure, with_layers
+from fgattn_jax.evaluation import tables
 from fgattn_jax.models import hunyuan_video, wan
 
 
@@ -53,3 +55,11 @@ def test_rows_name_what_was_not_measured(tmp_path, capsys):
     assert kept["cached"]["weights"] == "random"
     assert (kept["cached"]["device"], kept["cached"]["peak_bytes"]) == ("x86_64 CPU", None)
     assert kept["cached"]["command"].startswith("python -m benchmarks.video --shapes hunyuan-tiny")
+
+
+def test_the_readme_of_the_benchmarks_shows_the_rows(capsys):
+    root = Path(__file__).resolve().parents[1]
+    shown = summary(tables.read_rows(root / ROWS))
+    assert shown in (root / "benchmarks" / "README.md").read_text()
+    assert main(["--summary", "--results", str(root / ROWS)]) == 0
+    assert shown in capsys.readouterr().out

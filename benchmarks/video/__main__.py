@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = [(name, float(density)) for name, density in (each.split("=") for each in args.worker[1:])]
         _report(args.worker[0], asked, args)
         return 0
+    if args.summary:
+        print(summary(tables.read_rows(args.results or ROWS)))
+        return 0
     start, failed = time.perf_counter(), []
     command = "python -m benchmarks.video " + " ".join(sys.argv[1:] if argv is None else argv)
     for shape in args.shapes:
@@ -98,15 +101,18 @@ def extrapolated(few: StepTimes, many: StepTimes, layers: int, all_layers: int) 
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    header = ("model", "attention", "density", "s a step", "s a video", "speed", "attention speed", "GiB", "masks GiB")
+    """The rows as a table: seconds of a step that makes masks and of one that does not, then of a video."""
+    header = ("model, frames", "attention", "density", "making masks, s", "step, s", "video, s", "speed",
+              "attention speed", "attention share", "GiB", "of masks")  # fmt: skip
     lines = []
     for row in rows:
-        step = row["refresh_s"] if row["attention"] == "mean-query" else row["cached_s"] or row["dense_s"]
+        step = row["dense_s"] if row["cached_s"] is None else row["cached_s"]
         memory = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
+        name = row["attention"] + (", masks on host" if row["masks_on_host"] else "")
+        share = row["attention_share"] if row["attention"] == "dense" else None
         lines.append(
-            (row["model"], row["attention"], row["density"], step, row["video_s"], row["speed"], row["attention_speed"],
-             memory, row["mask_bytes"] / 2**30)
+            (f"{row['model']}, {row['frames']}", name, row["density"], row["refresh_s"], step, row["video_s"],
+             row["speed"], row["attention_speed"], share, memory, row["mask_bytes"] / 2**30)
         )  # fmt: skip
     return tables.format_text(header, lines)
 
@@ -213,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget-s", type=float, default=1e9, metavar="S", help="start nothing after so many seconds")
     parser.add_argument("--timeout-s", type=float, default=600, metavar="S", help="per process (default: 600)")
     parser.add_argument("--results", type=Path, metavar="FILE", help=f"JSON rows, such as {ROWS}")
+    parser.add_argument("--summary", action="store_true", help=f"print the table of --results ({ROWS}), and stop")
     parser.add_argument("--commit", metavar="ID", help="of the sources; asked of git by default")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     return parser
