@@ -137,8 +137,8 @@ def _in_process(args: Any, shape: str, asked: Asked, layers: int | None) -> tupl
     command += ["--commit", args.commit] if args.commit else []
     command += ["--on-host"] if args.on_host else []
     command += ["--worker", shape, *(f"{name}={density}" for name, density in asked)]
-    said = ", ".join(f"{name} {density:g}" for name, density in asked)
-    print(f"{shape}: {said}{'' if layers is None else f', {layers} layers'} ...", flush=True)
+    names = ", ".join(f"{name} {density:g}" for name, density in asked)
+    print(f"{shape}: {names}{'' if layers is None else f', {layers} layers'} ...", flush=True)
     start = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout_s, check=False)
