@@ -47,7 +47,7 @@ SMALL = GpuCase(
     density=1.0,
     contestants=("cudnn", "xla", *MAKERS),
 )
-FAST = contest.Settings(rounds=2, batch_ms=1.0, prepare_s=60, step_s=20)
+FAST = contest.Settings(rounds=2, batch_ms=1.0, warm_ms=1.0, prepare_s=60, step_s=20)
 
 
 @pytest.fixture(scope="module")

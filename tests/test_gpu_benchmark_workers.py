@@ -28,7 +28,7 @@ SMALL = GpuCase(
     contestants=("xla", "cudnn"),
     device_timer=True,
 )
-FAST = contest.Settings(rounds=2, batch_ms=1.0, prepare_s=60, step_s=20, device_calls=1)
+FAST = contest.Settings(rounds=2, batch_ms=1.0, warm_ms=1.0, prepare_s=60, step_s=20, device_calls=1)
 
 
 def test_batches_are_timed_without_what_a_batch_costs_once(monkeypatch):

@@ -47,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-ms", type=float, default=40.0, metavar="MS", help="work per turn (default: %(default)s)"
     )
     parser.add_argument(
+        "--warm-ms",
+        type=float,
+        default=300.0,
+        metavar="MS",
+        help="dense attention before every turn, so that all find the GPU in the same state (default: %(default)s)",
+    )
+    parser.add_argument(
         "--budget-s", type=float, metavar="S", help="no case starts later (default: 300; 60 with --quick)"
     )
     parser.add_argument("--dit-masks", type=Path, metavar="FILE", help="from `python -m benchmarks.gpu.dit_masks`")
@@ -111,13 +118,15 @@ def _measure(args: argparse.Namespace, known: list[tables.Row], words: Sequence[
     for name in contestants or ():
         if name not in everybody:
             raise ValueError(f"expected a contestant among {', '.join(sorted(everybody))}; got {name!r}")
-    if args.rounds < 1 or args.batch_ms <= 0:
-        raise ValueError(f"expected positive numbers, got rounds={args.rounds} batch_ms={args.batch_ms}")
+    if args.rounds < 1 or args.batch_ms <= 0 or not args.warm_ms >= 0:
+        raise ValueError(
+            f"expected positive numbers, got rounds={args.rounds} batch_ms={args.batch_ms} warm_ms={args.warm_ms}"
+        )
     if args.quick and contestants is None:
         contestants = ("cuda", "pallas", "fa3", "flashinfer_fused", "flashinfer_launches")
     plan = run.Plan(
         cases,
-        contest.Settings(rounds=args.rounds, batch_ms=args.batch_ms),
+        contest.Settings(rounds=args.rounds, batch_ms=args.batch_ms, warm_ms=args.warm_ms),
         budget_s=args.budget_s or (60.0 if args.quick else 300.0),
         mask_file=args.dit_masks,
         contestants=contestants,

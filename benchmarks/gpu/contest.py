@@ -27,6 +27,8 @@ class Settings:
     Args:
         rounds: Turns of every contestant.
         batch_ms: Work that is enqueued per turn.
+        warm_ms: Dense attention before every turn, the same for all: a contestant finds the GPU as its own attention
+            leaves it, and not as the one before it has, which may have been hungrier.
         hello_s: Limit for starting a worker.
         prepare_s: Limit for loading, compiling and one call.
         step_s: Limit for everything else.
@@ -35,6 +37,7 @@ class Settings:
 
     rounds: int = 5
     batch_ms: float = 40.0
+    warm_ms: float = 300.0
     hello_s: float = 120.0
     prepare_s: float = 90.0
     step_s: float = 20.0
@@ -190,6 +193,8 @@ def run_case(
             entry.plan_ms = answer["ms"]
     for _ in range(settings.rounds):
         for entry in entries:
+            if entry.live:
+                _warm(entries, settings)
             message = {"do": "time", "contestant": entry.name, "target_ms": settings.batch_ms}
             if entry.live and (answer := _ask(entry, message, settings.step_s, entries)):
                 entry.times_ms.append(answer["ms"])
@@ -202,6 +207,13 @@ def run_case(
         if mine[0].worker.running:
             _release(mine[0].worker, settings.step_s)
     return entries
+
+
+def _warm(entries: Sequence[Entry], settings: Settings) -> None:
+    dense = next((entry for entry in entries if entry.live and entry.name in DENSE), None)
+    if dense is not None and settings.warm_ms > 0:
+        message = {"do": "time", "contestant": dense.name, "target_ms": settings.warm_ms}
+        _ask(dense, message, settings.step_s, entries)
 
 
 def _device_time(entry: Entry, message: protocol.Message, timeout: float, entries: Sequence[Entry]) -> None:
