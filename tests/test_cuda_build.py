@@ -31,13 +31,16 @@ NUM_KERNELS = {
     "exact_mass_kernel": 8,
     # Two dtypes x two head widths
     "mean_queries_kernel": 4,
-    "mean_sums_kernel": 4,
+    "mean_sums_kernel": 8,  # with samples or without
     "mean_probabilities_kernel": 4,
     "mean_bits_kernel": 8,  # one mean a row, or several
+    "mean_codes_kernel": 4,
     # Two dtypes
     "finish_rows_kernel": 2,
     "keep_best_kernel": 2,
     "keep_best_of_mean_kernel": 2,
+    "rank_kernel": 2,
+    "bands_kernel": 1,
     # float32 scores, and probabilities in 16 bits by blocks of 256 and 512 threads
     "select_kernel": 3,
     "head_floor_kernel": 1,  # of two files, each with its own under this name
@@ -149,7 +152,7 @@ def test_the_note_says_what_was_built_from_which_sources(note):
 
 def test_the_library_loads_without_a_driver_and_says_what_it_is(library):
     loaded = ctypes.CDLL(str(library))
-    assert (loaded.fgattn_abi_version(), loaded.fgattn_ffi_api_minor()) == (3, 1)
+    assert (loaded.fgattn_abi_version(), loaded.fgattn_ffi_api_minor()) == (4, 1)
     loaded.fgattn_source_hash.restype = loaded.fgattn_mask_hash.restype = ctypes.c_char_p
     assert loaded.fgattn_source_hash().decode() == gpu_ledger.source_hash()
     assert loaded.fgattn_mask_hash().decode() == gpu_ledger.mask_hash()

@@ -333,6 +333,16 @@ def not_sampled(num_words: int, num_sampled: int) -> np.ndarray:
     return np.flatnonzero(left)
 
 
+def not_sampled_for_codes() -> np.ndarray:
+    """Keys of a row of `MANY` that mean_sums_kernel leaves in no sample (`take_sample` of mean_kernel.cuh)."""
+    tile, lane = np.divmod(np.arange(MANY // 128 * 4, dtype=np.int64), 4)
+    choice = (tile * 2654435761 % 2**32) >> (20 + 2 * lane)
+    first = 128 * tile + 8 * np.array([6, 1, 12, 11])[choice % 4] + 2 * lane
+    left = np.ones(MANY, bool)
+    left[np.concatenate([first, first + 1])] = False
+    return np.flatnonzero(left)
+
+
 def rows_of_scores() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     plain, heavy = rng.standard_normal(MANY), rng.standard_normal(MANY)
@@ -343,6 +353,9 @@ def rows_of_scores() -> dict[str, np.ndarray]:
     high[keys_missed] += 5
     low[keys_missed] -= 5
     high[np.minimum(2 * words_missed + 1, MANY - 1)] += 2
+    codes_high, codes_low = plain / 4, plain / 4
+    codes_high[not_sampled_for_codes()] += 2
+    codes_low[not_sampled_for_codes()] -= 2
     return {
         "plain": 2 * plain,
         "narrow": plain / 100,
@@ -354,6 +367,8 @@ def rows_of_scores() -> dict[str, np.ndarray]:
         "two_keys_hold_most": heavy,
         "missed_keys_are_high": high,
         "missed_keys_are_low": low,
+        "keys_missed_for_codes_are_high": codes_high,
+        "keys_missed_for_codes_are_low": codes_low,
     }
 
 
@@ -371,7 +386,8 @@ ROW_BUDGETS = {
 
 
 # In the emulation: what asks for one look, for more, or for none but ties; the rest is slow.
-QUICK_ROWS, QUICK_BUDGETS = ("narrow", "all_equal", "missed_keys_are_high"), ("half", "most_mass", "mass_with_a_floor")
+QUICK_ROWS = ("narrow", "all_equal", "missed_keys_are_high", "keys_missed_for_codes_are_low")
+QUICK_BUDGETS = ("half", "most_mass", "mass_with_a_floor")
 ROW_CASES = [
     pytest.param(row, budget, marks=() if row in QUICK_ROWS and budget in QUICK_BUDGETS else pytest.mark.slow)
     for row in ROWS
@@ -403,6 +419,23 @@ def test_the_cut_is_found_wherever_the_best_keys_lie(kernels, name, budget):
         most = MANY if budget.max_keys is None else budget.max_keys
         fewest, most = (min(max(number, budget.min_keys), most) for number in wanted)
         assert fewest <= count <= most
+
+
+@pytest.mark.parametrize(
+    ("name", "top_k", "flagged"),
+    [
+        *((name, top_k, 0) for name in ("plain", "narrow", "two_keys_hold_most") for top_k in (MANY // 2, MANY // 20)),
+        ("all_equal", MANY // 2, 1),
+        ("keys_missed_for_codes_are_high", MANY // 20, 1),
+        ("keys_missed_for_codes_are_low", MANY // 2, 1),
+    ],
+)
+def test_codes_rank_a_row_unless_its_sample_misleads(emulator, name, top_k, flagged):
+    scored = one_row(ROWS[name])
+    rule = EmulatedRule(2, 0.0, top_k, 1, MANY, 0.0)
+    sizes = {"scale": scored.scale, "query_block": scored.query_block, "num_sms": 2, "seed": 1}
+    *_, workspace = emulator.mean_mask(scored.query, scored.key, rule, scored.order, **sizes)
+    assert workspace[-1] == flagged
 
 
 @pytest.mark.parametrize("num_keys", [700, MANY])

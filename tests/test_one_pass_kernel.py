@@ -108,6 +108,20 @@ def test_the_lse_of_another_step_moves_the_threshold(kernel):
     assert_dense(scored, found)
 
 
+@pytest.mark.parametrize("name", ["rows_of_64", "wide"])
+@pytest.mark.parametrize("shift", [-300.0, -40.0, 40.0, 300.0])
+def test_an_lse_far_from_the_steps_own_changes_the_mask_alone(kernel, name, shift):
+    """Weights measured from the threshold would be too large or too small: scores are compared instead."""
+    scored = make(**CASES[name])
+    earlier = dataclasses.replace(
+        scored, lse=np.where(np.isinf(scored.lse), scored.lse, scored.lse + np.float32(shift))
+    )
+    _, limits = limits_of(scored, 30.0)
+    found = kernel(earlier, limits)
+    assert found.kept.all() if shift < 0 else not found.kept.any()
+    assert_dense(scored, found)
+
+
 @pytest.mark.parametrize("name", ["plain", "queries_that_are_none", "wide"])
 def test_rows_that_keep_nothing_keep_their_best_key(kernel, name):
     scored = make(**CASES[name])

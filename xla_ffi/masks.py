@@ -153,6 +153,8 @@ def exact_mass(
 
 MOST_MEANS = 8
 """Means per row that the kernel takes, at most."""
+_GUESS_NUMBERS = 515
+"""Numbers of a row that say where its cut lies: kGuessNumbers of csrc/masks/mask_launch.h."""
 MOST_RANKED_KEYS = 262144
 """Keys of a row that a `SelectRule` ranks, at most: their bits stand in shared memory."""
 
@@ -212,6 +214,7 @@ def mean_mask(
     turns = -(-batch * num_heads // max(1, workspace_bytes // (4 * of_ranked_head)))
     workspace_heads = -(-batch * num_heads // turns) if ranks else 0
     workspace = batch * num_heads * lines * (head_dim // 2 + 2 * 16) + workspace_heads * of_ranked_head
+    workspace += ranks * batch * num_heads * num_rows * _GUESS_NUMBERS
     results = (
         jax.ShapeDtypeStruct((batch, num_heads, num_rows, num_words), jnp.uint32),
         jax.ShapeDtypeStruct((batch, num_heads, num_rows), jnp.int32),

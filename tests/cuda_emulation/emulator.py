@@ -443,8 +443,8 @@ class Emulator:
         workspace_heads: int = 1,
         num_sms: int = 1,
         seed: int = 0,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Bits and counts as of `exact_mask`, as the kernels of masks/mean_mask.cu make them.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bits and counts as of `exact_mask`, as the kernels of masks/mean_mask.cu make them, and their workspace.
 
         Args:
             query: See `exact_mask`.
@@ -470,18 +470,18 @@ class Emulator:
         num_rows, num_words = bits.shape[2:]
         lines, ranks = -(-num_rows * num_means // 256) * 256, isinstance(keep, SelectRule)
         numbers = batch * num_heads * lines * (head_dim // 2 + 2 * 16)
-        numbers += ranks * workspace_heads * (num_rows * num_words * 16 + 4)
+        numbers += ranks * (workspace_heads * (num_rows * num_words * 16 + 4) + batch * num_heads * num_rows * 515)
         workspace, whole = _guarded((numbers,), np.int32)
         limits = np.zeros(num_heads, np.float32) if isinstance(keep, SelectRule) else keep
         rule = keep if isinstance(keep, SelectRule) else SelectRule()
         data = [array.ctypes.data for array in (bits, counts, workspace)]
         args = MeanMaskArgs(scores.args, num_means, ranks, limits.ctypes.data, keep_best, rule, *data, workspace_heads)
-        regions = scores.regions | {"workspace": (workspace, None), "counts": (counts, None)}
+        regions = scores.regions | {"workspace": (workspace, None), "counts": (counts, None), "bits": (bits, None)}
         regions["log_threshold"] = (limits, None)
         self._call(self._library.emulation_mean_mask, args, regions, seed, num_sms)
         check()
         _check_guards("workspace", whole)
-        return bits, counts
+        return bits, counts, workspace
 
     def one_pass(
         self,

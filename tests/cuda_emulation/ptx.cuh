@@ -73,6 +73,8 @@ inline float unpack<__half>(uint32_t pair, int high) {
   return emulation::half_as_float(static_cast<uint16_t>(high ? pair >> 16 : pair));
 }
 
+inline void wait_for_kernels_before() {}
+
 inline uint32_t highest_bit(uint32_t x) { return x == 0 ? 0xFFFFFFFFu : 31 - __builtin_clz(x); }
 
 inline uint32_t low_half(uint32_t x) { return x & 0xFFFFu; }

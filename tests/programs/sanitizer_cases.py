@@ -9,9 +9,11 @@
 Set XLA_PYTHON_CLIENT_ALLOCATOR=platform, so that every array is an allocation of its own and memcheck sees its borders.
 """
 
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,17 +66,35 @@ def check_masks(scored: Scored) -> None:
     limits = jnp.full((scored.query.shape[2],), np.log(2.0 / KEYS), jnp.float32)
     order = None if scored.order is None else jnp.asarray(scored.order)
     how = {"scale": jnp.float32(scored.scale), "query_block": scored.query_block}
-    peaks, masses, means = scored.of_rows(np.max), scored.of_rows(np.sum), mean_scores(scored, 2)
+    peaks, masses = scored.of_rows(np.max), scored.of_rows(np.sum)
+    mean, means = mean_scores(scored, 1), mean_scores(scored, 2)
     top_k = masks.SelectRule(top_k=40, head_floor=0.5)
     found = {
         "exact": (masks.exact_mask(*arrays, limits, order, keep_best=True, **how), peaks, None),
         "mass": (masks.exact_mass(*arrays, order, masks.SelectRule(top_k=40), **how), masses, 40),
-        "mean": (masks.mean_mask(*arrays[:2], limits, order, num_means=2, keep_best=True, **how), means, None),
-        "ranked mean": (masks.mean_mask(*arrays[:2], top_k, order, num_means=2, **how), means, 40),
+        "mean": (masks.mean_mask(*arrays[:2], limits, order, keep_best=True, **how), mean, None),
+        "means": (masks.mean_mask(*arrays[:2], limits, order, num_means=2, keep_best=True, **how), means, None),
+        "ranked means": (masks.mean_mask(*arrays[:2], top_k, order, num_means=2, **how), means, 40),
         "one pass": (one_pass.attention_and_mask(
             arrays[0], arrays[1], arrays[1], arrays[2], limits, order, keep_best=True, **how,
         )[2:], peaks, None),
     }  # fmt: skip
+    compare(scored, found)
+
+
+def check_codes(scored: Scored) -> None:
+    """Enough keys for codes; those of the last head are all equal, so that its rows go the other way."""
+    key = scored.key.copy()
+    key[:, :, -1] = 0
+    scored = dataclasses.replace(scored, key=key)
+    order = None if scored.order is None else jnp.asarray(scored.order)
+    arrays = jnp.asarray(scored.query), jnp.asarray(key), masks.SelectRule(top_k=1200), order
+    how = {"scale": jnp.float32(scored.scale), "query_block": scored.query_block}
+    compare(scored, {"codes": (masks.mean_mask(*arrays, **how), mean_scores(scored, 1), 1200)})
+
+
+def compare(scored: Scored, found: dict[str, Any]) -> None:
+    """What kernels kept beside the scores that they rank or compare, and how many they should keep."""
     for name, ((bits, counts), scores, count) in found.items():
         kept = unpack(np.asarray(bits), scored.key.shape[1])
         least, most = np.where(kept, scores, np.inf).min(-1), np.where(kept, -np.inf, scores).max(-1)
@@ -91,6 +111,10 @@ def main(kernel: str) -> None:
             sizes = {"head_dim": head_dim, "query_block": query_block, "dtype": dtype, "scale": head_dim**-0.5}
             check_masks(make(2 * query_block + 37, KEYS, heads=(4, 2), ordered=query_block == 64, **sizes))
         check_masks(make(1, 1, head_dim=128, scale=0.1))
+        check_codes(make(150, 4200, heads=(4, 2), head_dim=128, scale=0.1))
+        check_codes(
+            make(150, 4200, heads=(4, 2), head_dim=64, query_block=64, dtype="float16", scale=0.1, ordered=True)
+        )
         return
     forms = itertools.product(("bfloat16", "float16"), (64, 128), (64, 128), (False, True))
     for dtype, head_dim, query_block, ordered in forms:

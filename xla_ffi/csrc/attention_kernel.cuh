@@ -252,7 +252,7 @@ __device__ __forceinline__ void transpose_in_quads(uint32_t (&x)[4], int lane) {
   }
 }
 
-// Looks at no score. One that does (masks/one_pass_kernel.cuh) sees those of all keys, tiles of the last keys first.
+// Looks at no weight. One that does (masks/one_pass_kernel.cuh) sees those of all keys, tiles of the last keys first.
 struct NoFinder {
   static constexpr bool kFinds = false;
 };
@@ -361,6 +361,7 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
   auto weigh_again = [&](uint32_t tile) {
     query_by_key(tile);
     wgmma_wait<0>();
+    if constexpr (Finder::kFinds) finder.look_at_scores_from_now_on(scores);
     if constexpr (C::kPaired) {
       kept_slot = kept_slot == 0 ? C::kKeptTiles - 1 : kept_slot - 1;
       skip_other_row();
@@ -417,8 +418,9 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
           if (!is_key) scores[i] = -INFINITY;
         }
       }
-      if constexpr (Finder::kFinds) finder.look(scores);
-      softmax.first(scores);
+      softmax.refer(scores);
+      if constexpr (Finder::kFinds) finder.refer(softmax.scale_log2, softmax.reference, scores);
+      softmax.next(scores);
       uint32_t here;
 #pragma unroll 1
       for (int left = tiles_of_row - 1;; --left) {
@@ -439,17 +441,26 @@ __device__ __forceinline__ void consume(SharedMemory<C>& shared, const Barriers<
         stage.advance();
         weights_by_value(here);
         look_ahead();
-        if constexpr (Finder::kFinds) finder.met();
+        if constexpr (Finder::kFinds) {
+          finder.met();
+          finder.look_at_weights(weights);
+        }
         wgmma_wait<1>();
         if constexpr (C::kPaired) skip_other_row();
-        if constexpr (Finder::kFinds) finder.look(scores);
+        if constexpr (Finder::kFinds) finder.look_at_scores(scores);
         softmax.next(scores);
       }
       if (too_high()) weigh_again(before);
       softmax.add_tile();
       release_tiles(slot_before);
       weights_by_value(here);
-      if constexpr (Finder::kFinds) finder.end();
+      if constexpr (Finder::kFinds) {
+        finder.met();
+        finder.look_at_weights(weights);
+        vote(true);
+        too_high();
+        finder.end();
+      }
       find_tokens(work);
       wgmma_wait<0>();
       release_tiles(stage.slot());

@@ -92,6 +92,12 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// In a kernel that `launch` of masks/start.cuh starts early: waits for the kernels before it, and lets the next one
+// come. Until then nothing may be read or written that they touch.
+__device__ __forceinline__ void wait_for_kernels_before() {
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+}
+
 __device__ __forceinline__ float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -43,8 +43,8 @@ struct OnlineSoftmax {
 
   __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2_) : scale_log2(scale_log2_) {}
 
-  // Scores of the row's first tile -> weights, in place.
-  __device__ __forceinline__ void first(float (&s)[kScores]) {
+  // Before the row's first tile becomes weights: its maximum is the reference.
+  __device__ __forceinline__ void refer(const float (&s)[kScores]) {
     float top[2];
     row_max(s, top);
 #pragma unroll
@@ -52,10 +52,9 @@ struct OnlineSoftmax {
       reference[r] = top[r] == -INFINITY ? kLowest : top[r];  // -inf - -inf would be NaN
       sum[r] = 0;
     }
-    next(s);
   }
 
-  // Scores of a later tile -> weights, in place.
+  // Scores -> weights, in place.
   __device__ __forceinline__ void next(float (&s)[kScores]) const {
     const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
 #pragma unroll

@@ -1,16 +1,19 @@
-// Masks of mean queries (FG-Attn, arXiv 2509.16518, section 5.2): the softmax of every mean over all keys, in two passes: one for its
-// LSE, one for what becomes of the probabilities.
+// Masks of mean queries (FG-Attn, arXiv 2509.16518, section 5.2): the softmax of every mean over all keys, in two
+// passes: one for its LSE, one for what becomes of the probabilities.
 //
-// A line is the mean of a row's queries, or of a part of them, in the queries' dtype. A block takes 256 lines of a head,
-// half for each consumer, which hold them in registers, and a part of the keys; the LSE of a line comes from the parts. A
-// consumer's scores come in two groups of 64 lines, as in scores.cuh, with its barriers: while the tensor cores make one,
-// it looks at the other. Products take 128 keys: with 64 a call took 219 us instead of 206 (docs/notes/mask_kernels.md). The
-// means of a row with more than one are neighbours, and so are the lanes that have them.
+// A line is the mean of a row's queries, or of a part of them, in the queries' dtype. A block takes 256 lines of a
+// head, half for each consumer, which hold them in registers, and a part of the keys; the LSE of a line comes from the
+// parts. A consumer's scores come in two groups of 64 lines, as in scores.cuh, with its barriers: while the tensor
+// cores make one, it looks at the other. Products take 128 keys: with 64 a call took 219 us instead of 206
+// (docs/notes/mask_kernels.md). The means of a row with more than one are neighbours, and so are the lanes that have
+// them.
 #pragma once
 #include <cstdint>
 
+#include "masks/carry.cuh"
 #include "masks/scores.cuh"
 #include "masks/select_scores.cuh"
+#include "softmax.cuh"
 
 namespace fgattn {
 
@@ -39,35 +42,70 @@ struct alignas(1024) MeanMemory {
 // What a block does.
 struct MeanItem {
   int head;  // of batch * heads
-  int first_line, part, first_tile, last_tile;
+  int first_line, part;
+  int first_tile, step, num_tiles;  // step: 1 or -1
+};
+
+// Where the score of the last key that a row keeps is thought to lie (rank_kernel.cuh), in powers of two.
+struct Band {
+  float lower, steps;  // steps: in one power of two
 };
 
 struct MeanWork {
   MeanMaskArgs args;
-  int lines;                // of a head, up to a multiple of kMeanLines
-  int first_head;           // of the pass
-  int parts, tiles_of_part; // of the keys, in this pass
-  int summed_parts;         // parts of the pass that made the sums
+  int lines;                 // of a head, up to a multiple of kMeanLines
+  int first_head;            // of the pass
+  int parts, tiles_of_part;  // of the keys, in this pass
+  int summed_parts;          // parts of the pass that made the sums
+  bool only_flagged;         // the pass is for rows whose flag is set
+  bool last_first;           // the last keys of a part come first: a pass begins with what the one before left in L2
 
   template <class C>
   __device__ __forceinline__ MeanItem at(int block) const {
     const int tiles = lines / C::kLines, all = (args.scores.num_keys + C::kTileKeys - 1) / C::kTileKeys;
     const int part = block % parts, tile = block / parts % tiles, head = first_head + block / parts / tiles;
-    const int first = min(part * tiles_of_part, all);
-    return {head, tile * C::kLines, part, first, min(first + tiles_of_part, all)};
+    const int first = min(part * tiles_of_part, all), number = min(tiles_of_part, all - first);
+    return {head, tile * C::kLines, part, last_first ? first + number - 1 : first, last_first ? -1 : 1, number};
   }
-  __device__ __forceinline__ int64_t heads() const { return int64_t{args.scores.batch} * args.scores.num_heads; }
+  __host__ __device__ __forceinline__ int64_t heads() const {
+    return int64_t{args.scores.batch} * args.scores.num_heads;
+  }
   __device__ __forceinline__ char* means(int head) const {
     return reinterpret_cast<char*>(args.workspace) + 2 * int64_t{head} * lines * args.scores.head_dim;
   }
-  // Maximum and sum of a line's part of the keys, in powers of two.
+  // Reference and sum of a line's part of the keys, in powers of two.
   __device__ __forceinline__ float2* partial(int head, int line, int part) const {
     float2* first = reinterpret_cast<float2*>(args.workspace + heads() * lines * args.scores.head_dim / 2);
     return first + (int64_t{head} * lines + line) * kMostKeyParts + part;
   }
   __host__ __device__ __forceinline__ int32_t* probabilities() const {
-    const int64_t heads = int64_t{args.scores.batch} * args.scores.num_heads;
-    return args.workspace + heads * lines * (args.scores.head_dim / 2 + 2 * kMostKeyParts);
+    return args.workspace + heads() * lines * (args.scores.head_dim / 2 + 2 * kMostKeyParts);
+  }
+  // A row's sample: words of two scores, in powers of two as float16, of one in 2^sample_shift() whole tiles.
+  __host__ __device__ __forceinline__ int sample_shift() const {
+    int shift = 0;
+    while (4 * (args.scores.num_keys / 128 - 1 >> shift) + 4 > kSampleWords) ++shift;
+    return shift;
+  }
+  __host__ __device__ __forceinline__ int sample_words() const {
+    const int tiles = args.scores.num_keys / 128;
+    return tiles == 0 ? 0 : 4 * (tiles - 1 >> sample_shift()) + 4;
+  }
+  __device__ __forceinline__ uint32_t* samples(int64_t row) const { return guesses() + row * kSampleWords; }
+  __device__ __forceinline__ Band* band(int64_t row) const {
+    return reinterpret_cast<Band*>(guesses() + rows() * kSampleWords) + row;
+  }
+  __host__ __device__ __forceinline__ int32_t* flag(int64_t row) const {
+    return reinterpret_cast<int32_t*>(guesses() + rows() * (kSampleWords + 2)) + row;
+  }
+  __host__ __device__ __forceinline__ int64_t rows() const { return heads() * args.scores.num_rows; }
+  __host__ __device__ __forceinline__ uint32_t* guesses() const {
+    return reinterpret_cast<uint32_t*>(
+        probabilities() + args.workspace_heads * (int64_t{args.scores.num_rows} * args.scores.num_words * 16 + 4));
+  }
+  // Keys that a row keeps by `top_k`.
+  __device__ __forceinline__ int top_k() const {
+    return min(max(args.rule.top_k, args.rule.min_keys), min(args.rule.max_keys, args.scores.num_keys));
   }
   // The share of a line in its row: parts without a query count as nothing.
   __device__ __forceinline__ float share(int line) const {
@@ -93,14 +131,16 @@ struct MeanWork {
 // One block a line: its mean; zeros behind the last. And zeros to the counts that mean_bits_kernel adds to.
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(128) mean_queries_kernel(const __grid_constant__ MeanWork work) {
-  constexpr int kChunks = kHeadDim / 8, kAtOnce = 128 / kChunks;  // queries; 16 bytes a thread
-  extern __shared__ __align__(16) float sums[];                   // [kAtOnce, H]
+  constexpr int kChunks = kHeadDim / 8, kAtOnce = 128 / kChunks, kLoads = 8;  // queries; 16 bytes a thread
+  extern __shared__ __align__(16) float sums[];                               // [kAtOnce, H]
+  ptx::wait_for_kernels_before();  // for the next one's sake; this one begins the chain
   const ScoreArgs& args = work.args.scores;
-  const int lines = work.lines, head = blockIdx.x / lines, line = blockIdx.x % lines;
+  // Blocks that run together read neighbours: queries of a token lie head by head.
+  const int heads = static_cast<int>(work.heads()), head = blockIdx.x % heads, line = blockIdx.x / heads;
   const int batch = head / args.num_heads, of_batch = head % args.num_heads;
   const int mine = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-  const Element* queries = static_cast<const Element*>(args.query) + batch * args.query_strides.batch +
-                           of_batch * args.query_strides.head;
+  const Element* queries =
+      static_cast<const Element*>(args.query) + batch * args.query_strides.batch + of_batch * args.query_strides.head;
   const int32_t* order = args.query_order == nullptr ? nullptr
                                                      : args.query_order + batch * args.query_order_strides.batch +
                                                            of_batch * args.query_order_strides.head;
@@ -108,12 +148,21 @@ __global__ void __launch_bounds__(128) mean_queries_kernel(const __grid_constant
   const int of_line = args.query_block / work.args.num_means;
   const int first = min(line * of_line, args.num_queries), last = min(first + of_line, args.num_queries);
   float sum[8] = {};
-  for (int position = first + mine; position < last; position += kAtOnce) {
-    const int token = min(max(order == nullptr ? position : __ldg(order + position), 0), args.num_queries - 1);
-    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(queries + token * args.query_strides.token) + chunk);
-    const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+  for (int next = first + mine; next < last; next += kLoads * kAtOnce) {
+    // Loads that depend on nothing: many are under way at a time.
+    uint4 raw[kLoads];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] += ptx::unpack<Element>(pairs[i / 2], i % 2);
+    for (int i = 0; i < kLoads; ++i) {
+      const int position = min(next + i * kAtOnce, last - 1);
+      const int token = min(max(order == nullptr ? position : __ldg(order + position), 0), args.num_queries - 1);
+      raw[i] = __ldg(reinterpret_cast<const uint4*>(queries + token * args.query_strides.token) + chunk);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const uint32_t pairs[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w}, inside = next + i * kAtOnce < last ? ~0u : 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[j] += ptx::unpack<Element>(pairs[j / 2] & inside, j % 2);
+    }
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) sums[mine * kHeadDim + 8 * chunk + i] = sum[i];
@@ -145,13 +194,15 @@ __device__ __forceinline__ void produce_means(MeanMemory<C>& shared, const MeanW
   const uint32_t tiles = ptx::shared_address(shared.tiles) + place;
   const uint32_t full = ptx::shared_address(shared.keys_full), empty = ptx::shared_address(shared.keys_empty);
   Stage<C::kStages> stage;
+  int first_key = item.first_tile * C::kTileKeys;
 #pragma unroll 1
-  for (int tile = item.first_tile; tile < item.last_tile; ++tile) {
+  for (int left = item.num_tiles; left > 0; --left) {
     ptx::barrier_wait(empty + 8 * stage.slot(), stage.phase() ^ 1);
-    start_keys<C::kHeadDim, C::kTileKeys>(tiles + stage.slot() * C::kTileBytes, keys, args.key_strides.token,
-                                          tile * C::kTileKeys, args.num_keys, line);
+    start_keys<C::kHeadDim, C::kTileKeys>(tiles + stage.slot() * C::kTileBytes, keys, args.key_strides.token, first_key,
+                                          args.num_keys, line);
     ptx::copy_async_arrive(full + 8 * stage.slot());
     stage.advance();
+    first_key += item.step * C::kTileKeys;
   }
 }
 
@@ -176,7 +227,7 @@ __device__ __forceinline__ void score_means(MeanMemory<C>& shared, const MeanIte
     }
   }
   __syncwarp();
-  if (item.first_tile >= item.last_tile) return;
+  if (item.num_tiles <= 0) return;
   const uint32_t full = ptx::shared_address(shared.keys_full), empty = ptx::shared_address(shared.keys_empty);
   const uint32_t tiles = ptx::shared_address(shared.tiles);
   Stage<C::kStages> stage;
@@ -200,25 +251,28 @@ __device__ __forceinline__ void score_means(MeanMemory<C>& shared, const MeanIte
   start(0, here);
   start(1, here);
   wgmma_wait<1>();
-  look(0, item.first_tile * C::kTileKeys, scores[0]);
+  int first_key = item.first_tile * C::kTileKeys;
+  look(0, first_key, scores[0]);
 #pragma unroll 1
-  for (int tile = item.first_tile + 1; tile < item.last_tile; ++tile) {
+  for (int left = item.num_tiles - 1; left > 0; --left) {
     const int slot_before = stage.slot();
     stage.advance();
     here = wait_keys();
     wgmma_wait<0>();
     arrive_warp(empty + 8 * slot_before, lane);
     start(0, here);
-    look(1, (tile - 1) * C::kTileKeys, scores[1]);
+    look(1, first_key, scores[1]);
+    first_key += item.step * C::kTileKeys;
     start(1, here);
     wgmma_wait<1>();
-    look(0, tile * C::kTileKeys, scores[0]);
+    look(0, first_key, scores[0]);
   }
   wgmma_wait<0>();
-  look(1, (item.last_tile - 1) * C::kTileKeys, scores[1]);
+  look(1, first_key, scores[1]);
 }
 
-// The whole of a pass: look(item, line, scorer), with `line` the thread's first one in its first group, calls scorer(what to do with scores).
+// The whole of a pass: look(item, line, scorer), with `line` the thread's first one in its first group, calls
+// scorer(what to do with scores).
 template <class C, class Look>
 __device__ __forceinline__ void pass_over_keys(const MeanWork& work, Look look) {
   extern __shared__ __align__(1024) char raw[];
@@ -232,6 +286,7 @@ __device__ __forceinline__ void pass_over_keys(const MeanWork& work, Look look) 
     ptx::barrier_init_fence();
   }
   __syncthreads();
+  ptx::wait_for_kernels_before();
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0), thread = threadIdx.x % 128;
   const MeanItem item = work.template at<C>(blockIdx.x);
   if (warpgroup == 0) {
@@ -246,8 +301,34 @@ __device__ __forceinline__ void pass_over_keys(const MeanWork& work, Look look) 
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// First pass: maximum and sum of the line's scores in a part of the keys.
+// Leaves a pair of a thread's scores for each of its lines, from other columns in other tiles and lanes.
 template <class C>
+__device__ __forceinline__ void take_sample(const MeanWork& work, int head, int first_line, int first_key, float factor,
+                                            const float (&scores)[C::kScores]) {
+  const int tile = first_key / C::kTileKeys, shift = work.sample_shift(), quad = threadIdx.x % 4;
+  if ((tile & ((1 << shift) - 1)) != 0) return;
+  const uint32_t choice = tile * 2654435761u >> (20 + 2 * quad);
+#pragma unroll
+  for (int line = 0; line < 2; ++line) {
+    float pair[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const auto of_block = [&](int block) { return scores[4 * block + 2 * line + i]; };
+      const float low = (choice & 1) != 0 ? of_block(1) : of_block(6),
+                  high = (choice & 1) != 0 ? of_block(11) : of_block(12);
+      pair[i] = ((choice & 2) != 0 ? high : low) * factor;
+    }
+    const int row = first_line + 8 * line;
+    if (row >= work.args.scores.num_rows) continue;
+    work.samples(int64_t{head} * work.args.scores.num_rows + row)[4 * (tile >> shift) + quad] =
+        ptx::pack<__half>(pair[0], pair[1]);
+  }
+}
+
+// First pass: a reference, and the sum of 2^(score - reference), of the line's scores in a part of the keys. Of every
+// thread the reference is the maximum of its first tile; later ones are not searched for theirs, unless a sum shows
+// that a score stood far above the reference (as in softmax.cuh).
+template <class C, bool kSampled>
 __global__ void __launch_bounds__(C::kThreads, 1) mean_sums_kernel(const __grid_constant__ MeanWork work) {
   pass_over_keys<C>(work, [&](const MeanItem& item, int first_line, auto score) {
     const int lane = threadIdx.x % kWarp, num_keys = work.args.scores.num_keys;
@@ -258,16 +339,27 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_sums_kernel(const __grid_
       most[group][0] = most[group][1] = -INFINITY, sum[group][0] = sum[group][1] = 0;
     }
     score([&](int group, int first_key, float (&scores)[C::kScores]) {
+      constexpr float kMostSum = 0x1p60f;
       const int left = num_keys - first_key;
-      if (left < C::kTileKeys) {
+      if (kSampled && left >= C::kTileKeys)
+        take_sample<C>(work, item.head, first_line + 64 * group, first_key, factor, scores);
+      float total[2][2];
 #pragma unroll
-        for (int i = 0; i < C::kScores; ++i) {
-          const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-          scores[i] = column < left ? scores[i] * factor : -INFINITY;
-        }
-      } else {
+      for (int i = 0; i < C::kScores; ++i) {
+        const float weight = ptx::exp2(fmaf(scores[i], factor, -most[group][i / 2 % 2]));
+        float& mine = total[i / 2 % 2][i % 2];
+        mine = i < 4 ? weight : mine + weight;
+      }
+      const float more[2] = {total[0][0] + total[0][1], total[1][0] + total[1][1]};
+      const bool good = left >= C::kTileKeys && more[0] <= kMostSum && more[1] <= kMostSum;
+      if (__all_sync(kAllLanes, good)) {
+        sum[group][0] += more[0], sum[group][1] += more[1];
+        return;
+      }
 #pragma unroll
-        for (int i = 0; i < C::kScores; ++i) scores[i] *= factor;
+      for (int i = 0; i < C::kScores; ++i) {
+        const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        scores[i] = column < left ? scores[i] * factor : -INFINITY;
       }
 #pragma unroll
       for (int line = 0; line < 2; ++line) {
@@ -276,12 +368,12 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_sums_kernel(const __grid_
         for (int i = 2 * line; i < C::kScores; i += 4) here = fmaxf(here, fmaxf(scores[i], scores[i + 1]));
         // A thread whose columns all lie behind the last key has seen none yet.
         const float shift = MeanWork::finite_or_zero(here);
-        float total = sum[group][line] * ptx::exp2(most[group][line] - shift);
+        float all = sum[group][line] * ptx::exp2(most[group][line] - shift);
 #pragma unroll
         for (int i = 2 * line; i < C::kScores; i += 4) {
-          total += ptx::exp2(scores[i] - shift) + ptx::exp2(scores[i + 1] - shift);
+          all += ptx::exp2(scores[i] - shift) + ptx::exp2(scores[i + 1] - shift);
         }
-        most[group][line] = here, sum[group][line] = total;
+        most[group][line] = here, sum[group][line] = all;
       }
     });
 #pragma unroll
@@ -294,7 +386,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_sums_kernel(const __grid_
         total = total * ptx::exp2(largest - shift) + theirs * ptx::exp2(other - shift);
         largest = here;
       }
-      if (lane % 4 == 0) *work.partial(item.head, first_line + 64 * (i / 2) + 8 * (i % 2), item.part) = {largest, total};
+      if (lane % 4 == 0)
+        *work.partial(item.head, first_line + 64 * (i / 2) + 8 * (i % 2), item.part) = {largest, total};
     }
   });
 }
@@ -308,9 +401,28 @@ struct RowProbabilities {
 
   __device__ __forceinline__ RowProbabilities(const MeanWork& work, int head, int first_line)
       : work(work), first_line(first_line), factor(kLog2E * __ldg(work.args.scores.scale)) {
+    // The four lanes of a line share its parts.
+    constexpr int kOfLane = kMostKeyParts / 4;
+    float2 parts[2 * kGroups][kOfLane];
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) {
-      lse[i / 2][i % 2] = work.lse(head, first_line + 64 * (i / 2) + 8 * (i % 2));
+#pragma unroll
+      for (int j = 0; j < kOfLane; ++j) {
+        const int part = threadIdx.x % 4 + 4 * j;
+        parts[i][j] = *work.partial(head, first_line + 64 * (i / 2) + 8 * (i % 2), min(part, work.summed_parts - 1));
+        if (part >= work.summed_parts) parts[i][j] = {-INFINITY, 0};
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) {
+      float most = -INFINITY, sum = 0;
+#pragma unroll
+      for (int j = 0; j < kOfLane; ++j) most = fmaxf(most, parts[i][j].x);
+      most = quad_max(most);
+      const float shift = MeanWork::finite_or_zero(most);
+#pragma unroll
+      for (int j = 0; j < kOfLane; ++j) sum += parts[i][j].y * ptx::exp2(parts[i][j].x - shift);
+      lse[i / 2][i % 2] = shift + ptx::log2(quad_sum(sum));
     }
   }
   // Of kScores scores from `first` on, a multiple of 4.
@@ -336,10 +448,19 @@ struct RowProbabilities {
   }
 };
 
-// Bits 2 c + b of a thread's columns to the places 8 c + 2 q + b of a word of keys, of four neighbouring c.
-__device__ __forceinline__ uint32_t spread(uint32_t byte, int quad) {
-  const uint32_t apart = (byte & 3) | (byte & 12) << 6 | (byte & 48) << 12 | (byte & 192) << 18;
-  return apart << (2 * quad);
+// Of the four lanes of a line, each with bits 2 c + b for its columns 8 c + 2 quad + b, lane i gets the word of 32
+// neighbouring keys that has its number.
+__device__ __forceinline__ uint32_t words_of_quad(uint32_t bits, int quad) {
+  // Bytes: lane i gets byte i of all four.
+  uint32_t theirs = __shfl_xor_sync(kAllLanes, bits, 2);
+  bits = __byte_perm(bits, theirs, quad < 2 ? 0x5410 : 0x3276);
+  theirs = __shfl_xor_sync(kAllLanes, bits, 1);
+  bits = __byte_perm(bits, theirs, quad % 2 == 0 ? 0x6240 : 0x3715);
+  // Pairs of bits: pair c of byte j to pair j of byte c.
+  uint32_t swapped = (bits ^ bits >> 6) & 0x00CC00CCu;
+  bits ^= swapped ^ swapped << 6;
+  swapped = (bits ^ bits >> 12) & 0x0000F0F0u;
+  return bits ^ swapped ^ swapped << 12;
 }
 
 // Second pass: bits of the keys whose probability is above the threshold, and how many these are.
@@ -351,6 +472,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_bits_kernel(const __grid_
     const float log_limit = kLog2E * __ldg(work.args.log_threshold + item.head % args.num_heads);
     const float limit = ptx::exp2(log_limit);
     const RowProbabilities<C::kGroups> probabilities(work, item.head, first_line);
+    const float factor = probabilities.factor;
     bool writes[C::kGroups][2];
     int row[C::kGroups][2], count[C::kGroups][2];
 #pragma unroll
@@ -368,29 +490,21 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_bits_kernel(const __grid_
       const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0u;
 #pragma unroll
       for (int line = 0; line < 2; ++line) {
-        const float minus_lse = -probabilities.lse[group][line];
-        uint32_t mine = 0;  // bit 2 c + b is column 8 c + 2 quad + b
+        const float least = -probabilities.lse[group][line] - log_limit;
+        // Signs, one bit behind the other: what is not below is kept, NaN too. Two halves, as each shift waits for the
+        // one before it.
+        uint32_t below[2] = {0, 0};
 #pragma unroll
-        for (int bit = 0; bit < C::kScores / 2; ++bit) {
-          const float score = scores[bit / 2 * 4 + 2 * line + bit % 2];
-          // Not above is what is refused: NaN is kept.
-          const bool above = kOneMean ? !(fmaf(score, probabilities.factor, minus_lse) <= log_limit) : !(score <= limit);
-          if (above) mine |= 1u << bit;
-        }
-        // Each of the four lanes of a line gets the word of 32 neighbouring keys: its own number.
-        uint32_t words[4];
+        for (int bit = C::kScores / 4 - 1; bit >= 0; --bit) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = spread(mine >> (8 * i) & 255, quad);
-#pragma unroll
-        for (int distance = 2; distance > 0; distance /= 2) {
-          const bool upper = (quad & distance) != 0;
-#pragma unroll
-          for (int i = 0; i < distance; ++i) {
-            const uint32_t theirs = __shfl_xor_sync(kAllLanes, upper ? words[i] : words[i + distance], distance);
-            words[i] = (upper ? words[i + distance] : words[i]) | theirs;
+          for (int half = 0; half < 2; ++half) {
+            const int at = half * C::kScores / 4 + bit;  // bit 2 c + b is column 8 c + 2 quad + b
+            const float score = scores[at / 2 * 4 + 2 * line + at % 2];
+            const float sign = kOneMean ? fmaf(score, factor, least) : score <= limit ? -1.0f : 1.0f;
+            below[half] = ptx::shift_in_sign(below[half], sign);
           }
         }
-        const uint32_t kept = words[0] & inside;
+        const uint32_t kept = words_of_quad(~(below[0] | below[1] << (C::kScores / 4)), quad) & inside;
         count[group][line] += __popc(kept);
         if (writes[group][line]) work.args.bits[int64_t{row[group][line]} * args.num_words + word] = kept;
       }
@@ -409,6 +523,16 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_bits_kernel(const __grid_
 // [heads of the pass, R, W * 32].
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) mean_probabilities_kernel(const __grid_constant__ MeanWork work) {
+  if (work.only_flagged) {
+    const MeanItem item = work.template at<C>(blockIdx.x);
+    const int num_rows = work.args.scores.num_rows;
+    int flagged = 0;
+    for (int i = threadIdx.x % kWarp; i < C::kLines; i += kWarp) {
+      const int row = (item.first_line + i) / work.args.num_means;
+      if (row < num_rows) flagged |= *work.flag(int64_t{item.head} * num_rows + row);
+    }
+    if (!__any_sync(kAllLanes, flagged)) return;
+  }
   pass_over_keys<C>(work, [&](const MeanItem& item, int first_line, auto score) {
     const ScoreArgs& args = work.args.scores;
     const int lane = threadIdx.x % kWarp, quad = lane % 4;
@@ -449,7 +573,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_probabilities_kernel(cons
           }
           if (row[group][line] >= 0) {
             uint16_t* out = reinterpret_cast<uint16_t*>(work.probabilities()) +
-                            32 * int64_t{args.num_words} * (head_rows + row[group][line]) + first_key + 32 * four + 8 * quad;
+                            32 * int64_t{args.num_words} * (head_rows + row[group][line]) + first_key + 32 * four +
+                            8 * quad;
             *reinterpret_cast<uint4*>(out) = {pairs[0], pairs[1], pairs[2], pairs[3]};
           }
         }

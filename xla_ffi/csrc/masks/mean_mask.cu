@@ -1,13 +1,15 @@
-// Starts the kernels of mean-query masks: means, sums of exponentials, bits, and the best key of rows that keep nothing.
-#include <algorithm>
-
+// Starts the kernels of mean-query masks: means, sums of exponentials, bits, and the best key of rows that keep
+// nothing.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "masks/best_key.cuh"
 #include "masks/mask_launch.h"
 #include "masks/mean_kernel.cuh"
+#include "masks/rank_kernel.cuh"
 #include "masks/start.cuh"
 #include "masks/start_select.cuh"
 
@@ -18,6 +20,7 @@ namespace {
 template <class Element>
 __global__ void __launch_bounds__(kBestThreads) keep_best_of_mean_kernel(const __grid_constant__ MeanWork work) {
   extern __shared__ __align__(8) int best_of_threads[];
+  ptx::wait_for_kernels_before();
   const ScoreArgs& args = work.args.scores;
   const int64_t row = blockIdx.x;
   if (work.args.counts[row] != 0) return;
@@ -25,8 +28,8 @@ __global__ void __launch_bounds__(kBestThreads) keep_best_of_mean_kernel(const _
   const int kv = head % args.num_heads / (args.num_heads / args.num_kv_heads);
   const int first_line = static_cast<int>(row % args.num_rows) * work.args.num_means;
   const Element* means = reinterpret_cast<const Element*>(work.means(head)) + int64_t{first_line} * args.head_dim;
-  const Element* keys = static_cast<const Element*>(args.key) + batch * args.key_strides.batch +
-                        kv * args.key_strides.head;
+  const Element* keys =
+      static_cast<const Element*>(args.key) + batch * args.key_strides.batch + kv * args.key_strides.head;
   const float factor = kLog2E * *args.scale;
   const int best = best_key(args.num_keys, best_of_threads, [&](int key) {
     float here = 0;
@@ -62,8 +65,10 @@ cudaError_t launch_pass(void (*kernel)(MeanWork), MeanWork work, int heads, cuda
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(MeanMemory<C>));
   if (error != cudaSuccess) return error;
-  kernel<<<heads * (work.lines / C::kLines) * work.parts, C::kThreads, sizeof(MeanMemory<C>), stream>>>(work);
-  return cudaGetLastError();
+  // Where keys are ranked, starting early was no faster, and slower for a share (docs/notes/mask_kernels.md).
+  const bool early = !work.args.ranks;
+  return launch(kernel, heads * (work.lines / C::kLines) * work.parts, C::kThreads, sizeof(MeanMemory<C>), stream,
+                early, work);
 }
 
 template <class C>
@@ -71,6 +76,27 @@ void take_keys_in_parts(MeanWork& work, int heads, int most_parts, int num_sms) 
   const int tiles = (work.args.scores.num_keys + C::kTileKeys - 1) / C::kTileKeys;
   work.parts = key_parts(heads * (work.lines / C::kLines), tiles, most_parts, num_sms);
   work.tiles_of_part = (tiles + work.parts - 1) / work.parts;
+}
+
+// Whether codes can say which keys are the best, but for a few rows (rank_kernel.cuh).
+bool ranks_by_codes(const MeanWork& work) {
+  constexpr int kFewestWords = 128;  // of a sample
+  const MeanMaskArgs& args = work.args;
+  return args.ranks && args.num_means == 1 && args.rule.rule == Rule::kTopK && args.rule.head_floor == 0 &&
+         work.sample_words() >= kFewestWords && rank_bytes(args.scores.num_words) <= 227 * 1024;
+}
+
+// The best keys of some heads: codes, and what the rows keep whose sample was right.
+template <class C>
+cudaError_t launch_codes(MeanWork work, int heads, int num_sms, cudaStream_t stream) {
+  take_keys_in_parts<C>(work, heads, 1 << 20, num_sms);
+  cudaError_t error = launch_pass<C>(mean_codes_kernel<C>, work, heads, stream);
+  if (error != cudaSuccess) return error;
+  const int bytes = rank_bytes(work.args.scores.num_words);
+  auto* kernel = rank_kernel<typename C::Element>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, heads * work.args.scores.num_rows, kSelectThreads, bytes, stream, false, work);
 }
 
 // Some heads at a time, as many as the workspace holds: their probabilities, and the best of them.
@@ -85,15 +111,26 @@ cudaError_t launch_ranked(MeanWork work, int heads, int num_sms, cudaStream_t st
   selection.stride = 32 * static_cast<int64_t>(s.num_words);
   selection.rule = args.rule;
   selection.num_keys = s.num_keys, selection.num_words = s.num_words, selection.num_rows = s.num_rows;
+  const bool by_codes = ranks_by_codes(work);
+  if (by_codes) {
+    constexpr int kRowsOfBlock = kBandThreads / kWarp;
+    const int blocks = (heads * s.num_rows + kRowsOfBlock - 1) / kRowsOfBlock;
+    const cudaError_t error = launch(bands_kernel, blocks, kBandThreads, 0, stream, false, work);
+    if (error != cudaSuccess) return error;
+  }
+  work.only_flagged = by_codes;
   for (int first = 0; first < heads; first += args.workspace_heads) {
     const int some = std::min(args.workspace_heads, heads - first);
     const int64_t row = int64_t{first} * s.num_rows;
     work.first_head = first;
+    cudaError_t error = by_codes ? launch_codes<C>(work, some, num_sms, stream) : cudaSuccess;
+    if (error != cudaSuccess) return error;
     take_keys_in_parts<C>(work, some, 1 << 20, num_sms);
-    cudaError_t error = launch_pass<C>(mean_probabilities_kernel<C>, work, some, stream);
+    error = launch_pass<C>(mean_probabilities_kernel<C>, work, some, stream);
     if (error != cudaSuccess) return error;
     selection.counts = args.counts + row;
     selection.bits = args.bits + row * s.num_words;
+    selection.flags = by_codes ? work.flag(row) : nullptr;
     // More keys, and more of them between the bounds of a guess.
     const bool is_long = s.num_keys > 40000;
     error = is_long ? select_rows<HalfScores<8192>>(selection, some, s, floors, stream)
@@ -104,7 +141,7 @@ cudaError_t launch_ranked(MeanWork work, int heads, int num_sms, cudaStream_t st
 }
 
 template <class Element, int kHeadDim>
-cudaError_t launch(const MeanMaskArgs& args, int num_sms, cudaStream_t stream) {
+cudaError_t launch_mean(const MeanMaskArgs& args, int num_sms, cudaStream_t stream) {
   using C = MeanConfig<Element, kHeadDim>;
   const ScoreArgs& s = args.scores;
   MeanWork work{};
@@ -117,22 +154,22 @@ cudaError_t launch(const MeanMaskArgs& args, int num_sms, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   take_keys_in_parts<C>(work, heads, kMostKeyParts, num_sms);
   work.summed_parts = work.parts;
-  error = launch_pass<C>(mean_sums_kernel<C>, work, heads, stream);
+  auto* sums = ranks_by_codes(work) ? mean_sums_kernel<C, true> : mean_sums_kernel<C, false>;
+  error = launch_pass<C>(sums, work, heads, stream);
   if (error != cudaSuccess) return error;
+  work.last_first = true;
   if (args.ranks) return launch_ranked<C>(work, heads, num_sms, stream);
 
   auto* bits = args.num_means == 1 ? mean_bits_kernel<C, true> : mean_bits_kernel<C, false>;
   error = launch_pass<C>(bits, work, heads, stream);
   if (error != cudaSuccess || !args.keep_best) return error;
-  auto* best = keep_best_of_mean_kernel<Element>;
-  best<<<heads * s.num_rows, kBestThreads, kBestBytes, stream>>>(work);
-  return cudaGetLastError();
+  return launch(keep_best_of_mean_kernel<Element>, heads * s.num_rows, kBestThreads, kBestBytes, stream, true, work);
 }
 
 template <class Element>
 cudaError_t launch_widths(const MeanMaskArgs& args, int num_sms, cudaStream_t stream) {
-  return args.scores.head_dim == 128 ? launch<Element, 128>(args, num_sms, stream)
-                                     : launch<Element, 64>(args, num_sms, stream);
+  return args.scores.head_dim == 128 ? launch_mean<Element, 128>(args, num_sms, stream)
+                                     : launch_mean<Element, 64>(args, num_sms, stream);
 }
 
 }  // namespace

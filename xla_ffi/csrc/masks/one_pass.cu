@@ -63,7 +63,7 @@ cudaError_t launch(const OnePassArgs& args, int num_sms, cudaStream_t stream) {
   const int items_of_head = (args.attention.num_queries + C::kQueries - 1) / C::kQueries;
   const int items = args.attention.batch * args.attention.num_heads * items_of_head;
   const Workspace workspace{args.attention.workspace, nullptr, nullptr, 0};
-  const OnePassParams params{{args.attention, {}, workspace, false}, args, items_of_head};
+  const OnePassParams params{{args.attention, {}, workspace, false}, args, items_of_head, items};
   kernel<<<std::min(num_sms, items), C::kThreads, sizeof(OnePassMemory<C>), stream>>>(params);
   return cudaGetLastError();
 }

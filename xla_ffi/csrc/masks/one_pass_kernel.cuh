@@ -1,5 +1,5 @@
-// Dense attention that finds the mask of the next steps on its way (FG-Attn, arXiv 2509.16518, section 5.1, with the LSE of
-// the step before): the attention kernel's consumers over all keys, and one comparison a score before it becomes a weight.
+// Dense attention that finds the mask of the next steps on its way (FG-Attn, arXiv 2509.16518, section 5.1, with the
+// LSE of the step before): the attention kernel's consumers over all keys, whose weights show which keys stay.
 //
 //   work counter                             K, V in order, and Q (through query_order)
 //        |                                      |
@@ -8,13 +8,20 @@
 //                                       +--> words of kept keys, eight tiles at a time --> bits
 //
 // Barriers and stages are those of attention_kernel.cuh; nothing is decoded, and the first gathering warp announces the
-// items. An item is 128 neighbouring queries: one row of the mask, or two of 64. Its tiles come last keys first, so that
-// the tile that the last key leaves incomplete is the first one, which alone is masked, and a tile's keys are whole words.
+// items. An item is 128 neighbouring queries: one row of the mask, or two of 64. Its tiles come last keys first, so
+// that the tile that the last key leaves incomplete is the first one, which alone is masked, and a tile's keys are
+// whole words.
 //
-// A slice is kept if scale * q k - lse > log t for one of its queries: a score above (lse + log t) / scale, a number that
-// a query has for all keys. A thread has two lines of queries; the warp's lanes and its lines come together by one
-// reduction a word. Words stand in shared memory until eight tiles are done. That all warps have written those of a
-// tile is what `voted` says, of every tile; the half of the ring that is written next was read before the last such vote.
+// A slice is kept if scale * q k - lse > log t for one of its queries: a score above (lse + log t) / scale, a number
+// that a query has for all keys. Softmax may measure a query's scores from any reference (softmax.cuh): it gets the one
+// from which that number becomes the least weight that 16 bits round to 2. Of a positive number of 16 bits, bfloat16 or
+// float16, bit 14 says whether it reaches 2, and it is set in NaN: the packed weights hold the mask, no score is
+// compared, and what is left to do happens while the tensor cores work. Where weights from that reference would be too
+// large or too small, as with an LSE far from this step's, a warp compares scores as they come.
+//
+// A thread has two lines of queries; the warp's lanes and its lines come together by one reduction a word. Words stand
+// in shared memory until eight tiles are done. That all warps have written those of a tile is what the next tile's
+// `voted` says; the half of the ring that is written next was read before the last such vote.
 #pragma once
 #include <cstdint>
 
@@ -49,23 +56,38 @@ struct OnePassConfig {
 
 template <class C>
 struct OnePassMemory : SharedMemory<C> {
-  uint32_t words[C::kConsumers][2 * C::kBatch][4][4];  // of a tile and a warp; three or four of them
+  uint32_t words[C::kConsumers][2 * C::kBatch][4][4];  // of a tile and a warp
 };
 
 struct OnePassParams {
   KernelParams kernel;
   OnePassArgs call;
-  int items_of_head;  // 128 queries each
+  int items_of_head, num_items;  // 128 queries each
 };
 
-// What a consumer makes of the scores of its 64 queries before they become weights.
+// Logarithms to base 2 of weights: of the least one that is rounded to 2, and between which the largest of a first tile
+// may lie. Above comes softmax's own limit; below, float32 sums and float16 weights would get too small.
+template <class Element>
+struct WeightRange {
+  static constexpr float kLogLeast = 0.99717948f, kLeast = -100, kMost = 31;  // 2 - 2^-8
+};
+template <>
+struct WeightRange<__half> {
+  static constexpr float kLogLeast = 0.99964774f, kLeast = -2, kMost = 14;  // 2 - 2^-11
+};
+
+// Which keys the 64 queries of a consumer need.
 template <class C>
 class PeakFinder {
  public:
   static constexpr bool kFinds = true;
 
   __device__ __forceinline__ PeakFinder(OnePassMemory<C>& shared, const OnePassArgs& call, int consumer, int thread)
-      : words_(shared.words[consumer]), call_(call), consumer_(consumer), warp_(thread / kWarp), lane_(thread % kWarp) {}
+      : words_(shared.words[consumer]),
+        call_(call),
+        consumer_(consumer),
+        warp_(thread / kWarp),
+        lane_(thread % kWarp) {}
 
   // Before the first tile of an item.
   __device__ __forceinline__ void begin(const WorkItem& work, int tiles) {
@@ -86,36 +108,64 @@ class PeakFinder {
     }
     alive_ = alive ? ~0u : 0;
     const int row = work.row * C::kRowsOfItem + (C::kRowsOfItem == 2 ? consumer_ : 0);
-    row_ = row < args.num_rows ? call_.bits + (head * args.num_rows + row) * args.num_words : nullptr;
-    tile_ = tiles;
+    row_ = row < args.num_rows ? static_cast<int>(head * args.num_rows + row) : -1;
+    tile_ = tiles + 1, --slot_;  // the first `met` is that of no tile
   }
 
-  // The next tile's scores. Between this and `met`, all warps of the consumer have to meet.
+  // With the reference that softmax has chosen, the maximum of the first tile's scores: another one, if weights from it
+  // show what is kept.
   template <int kScores>
-  __device__ __forceinline__ void look(const float (&scores)[kScores]) {
+  __device__ __forceinline__ void refer(float scale_log2, float (&reference)[2], const float (&scores)[kScores]) {
+    bool good = true;
+    float by_limit[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      by_limit[r] = limit_[r] - Range::kLogLeast / scale_log2;
+      const float highest = (reference[r] - by_limit[r]) * scale_log2;  // logarithm of the first tile's largest weight
+      good = good && highest > Range::kLeast && highest < Range::kMost;
+    }
+    by_weights_ = __all_sync(kAllLanes, good);
+    if (by_weights_) {
+      reference[0] = by_limit[0], reference[1] = by_limit[1];
+    } else {
+      look(scores);
+    }
+  }
+
+  // The next tile's weights, packed in pairs. Between this and `met`, all warps of the consumer have to meet.
+  template <int kPairs>
+  __device__ __forceinline__ void look_at_weights(const uint32_t (&weights)[kPairs]) {
+    if (!by_weights_) return;
     uint32_t words[C::kWords];
 #pragma unroll
     for (int word = 0; word < C::kWords; ++word) {
-      uint32_t kept = 0;
+      uint32_t kept[4];  // bits 14 and 30, of two neighbouring columns
 #pragma unroll
-      for (int bit = 0; bit < 8; ++bit) {
-        const int at = word * 16 + bit / 2 * 4 + bit % 2;
-        // Not above is what is refused: NaN is kept.
-        if (!(scores[at] <= limit_[0]) | !(scores[at + 2] <= limit_[1])) kept |= 1u << (bit / 2 * 8 + bit % 2);
-      }
-      words[word] = __reduce_or_sync(kAllLanes, (kept & alive_) << (lane_ % 4 * 2));
+      for (int i = 0; i < 4; ++i) kept[i] = (weights[8 * word + 2 * i] | weights[8 * word + 2 * i + 1]) & 0x40004000u;
+      words[word] = 2 * kept[0] + kept[1] | kept[2] >> 1 | kept[3] >> 2;
     }
-    if (lane_ == 0) {
-#pragma unroll
-      for (int word = 0; word < C::kWords; ++word) words_[slot_][warp_][word] = words[word];
-    }
+    put(slot_, words);
   }
 
-  // All warps' words of the tile stand in shared memory.
+  // The next tile's scores, if its weights will not be looked at.
+  template <int kScores>
+  __device__ __forceinline__ void look_at_scores(const float (&scores)[kScores]) {
+    if (!by_weights_) look(scores);
+  }
+
+  // Softmax changes its reference: scores of the tile whose weights would be looked at next.
+  template <int kScores>
+  __device__ __forceinline__ void look_at_scores_from_now_on(const float (&scores)[kScores]) {
+    if (by_weights_) look(scores);
+    by_weights_ = false;
+  }
+
+  // All warps' words of one more tile stand in shared memory. The weights of a tile are looked at after the `met` of
+  // the tile before it, its scores before that.
   __device__ __forceinline__ void met() {
     --tile_;
     ++slot_;
-    if (slot_ % C::kBatch == 0) leave(C::kBatch);
+    if (slot_ % C::kBatch == 0 && tile_ < num_tiles<C>(call_.attention.num_keys)) leave(C::kBatch);
   }
 
   // `met` for the last tile of an item.
@@ -128,37 +178,85 @@ class PeakFinder {
   }
 
  private:
+  using Range = WeightRange<typename C::Element>;
+
+  template <int kScores>
+  __device__ __forceinline__ void look(const float (&scores)[kScores]) {
+    uint32_t words[C::kWords];
+#pragma unroll
+    for (int word = 0; word < C::kWords; ++word) {
+      uint32_t kept = 0;
+#pragma unroll
+      for (int bit = 0; bit < 8; ++bit) {
+        const int at = word * 16 + bit / 2 * 4 + bit % 2;
+        // Not above is what is refused: NaN is kept.
+        if (!(scores[at] <= limit_[0]) | !(scores[at + 2] <= limit_[1]))
+          kept |= 0x8000u >> (bit / 2) << (16 * (bit % 2));
+      }
+      words[word] = kept & alive_;
+    }
+    put((slot_ + 1) % (2 * C::kBatch), words);
+  }
+
+  // Bits 15 - c and 31 - c of a thread: columns 8 c + 2 (lane % 4) and the next. In shared memory bit
+  // 16 b + 15 - c - 4 quad is column 8 c + 2 quad + b.
+  __device__ __forceinline__ void put(int slot, uint32_t (&words)[C::kWords]) {
+#pragma unroll
+    for (int word = 0; word < C::kWords; ++word) {
+      words[word] = __reduce_or_sync(kAllLanes, words[word] >> (lane_ % 4 * 4));
+    }
+    if (lane_ == 0) {
+#pragma unroll
+      for (int word = 0; word < C::kWords; ++word) words_[slot][warp_][word] = words[word];
+    }
+  }
+
+  // Such bits to their columns.
+  __device__ __forceinline__ static uint32_t in_order(uint32_t bits) {
+    uint32_t columns = 0;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+#pragma unroll
+      for (int quad = 0; quad < 4; ++quad) {
+        const int from = 15 - c - 4 * quad, to = 8 * c + 2 * quad;
+        columns |= (bits >> from & 1) << to | (bits >> (from + 16) & 1) << (to + 1);
+      }
+    }
+    return columns;
+  }
+
   // The words of the last `number` tiles go to global memory, by one warp after the other in turns.
   __device__ __forceinline__ void leave(int number) {
     const int first = slot_ - C::kBatch;
     if (slot_ == 2 * C::kBatch) slot_ = 0;
-    turn_ = (turn_ + 1) & 3;
-    if (warp_ != turn_ || row_ == nullptr || lane_ >= number * C::kWords) return;
+    if (warp_ != tile_ / C::kBatch % 4 || row_ < 0 || lane_ >= number * C::kWords) return;
     const AttentionArgs& args = call_.attention;
     const int of_batch = lane_ / C::kWords, word = lane_ % C::kWords;
     const int at = (tile_ + number - 1 - of_batch) * C::kWords + word;
     const auto& words = words_[first + of_batch];
-    const uint32_t all = words[0][word] | words[1][word] | words[2][word] | words[3][word];
+    const uint32_t all = in_order(words[0][word] | words[1][word] | words[2][word] | words[3][word]);
     const uint32_t kept = all & valid_bits(at, args.num_keys);
     if (at >= args.num_words) return;
+    uint32_t* to = call_.bits + int64_t{row_} * args.num_words + at;
     if constexpr (C::kRowsOfItem == 2) {
-      row_[at] = kept;
+      *to = kept;
     } else if (kept != 0) {
-      atomicOr(row_ + at, kept);  // the other consumer's queries are of the same row
+      atomicOr(to, kept);  // the other consumer's queries are of the same row
     }
   }
 
   uint32_t (&words_)[2 * C::kBatch][4][4];
   const OnePassArgs& call_;
   int consumer_, warp_, lane_;
-  float limit_[2];        // of this thread's lines, in units of scores
-  uint32_t alive_ = 0;    // all bits, if one of them is a query
-  uint32_t* row_ = nullptr;
-  int tile_ = 0, slot_ = 0, turn_ = 0;  // tile: the last one that was met
+  float limit_[2];           // of this thread's lines, in units of scores
+  bool by_weights_ = false;  // and not by scores; the same in a warp
+  uint32_t alive_ = 0;       // all bits, if one of the lines is a query
+  int row_ = -1;             // of all rows of the mask, or -1
+  int tile_ = 0, slot_ = 0;  // the last tile that was met, and the slot behind its own
 };
 
-// Starts the copies of this thread's lines of a tile of keys or values. Behind the last key comes the last one again, or
-// zeros.
+// Starts the copies of this thread's lines of a tile of keys or values. Behind the last key comes the last one again,
+// or zeros.
 template <class C, bool kZeros>
 __device__ __forceinline__ void copy_tile(uint32_t tile, const char* head, uint32_t token_bytes, int first_key,
                                           int num_keys, int thread) {
@@ -190,7 +288,7 @@ template <class C>
 __device__ __forceinline__ void gather_all(SharedMemory<C>& shared, const Barriers<C>& barriers,
                                            const OnePassParams& params, int thread) {
   const AttentionArgs& args = params.call.attention;
-  const int lane = thread % kWarp, items = args.batch * args.num_heads * params.items_of_head;
+  const int lane = thread % kWarp;
   const uint32_t key_bytes = static_cast<uint32_t>(2 * args.key_strides.token);
   const uint32_t value_bytes = static_cast<uint32_t>(2 * args.value_strides.token);
   const uint32_t tiles = ptx::shared_address(shared.tiles);
@@ -205,10 +303,10 @@ __device__ __forceinline__ void gather_all(SharedMemory<C>& shared, const Barrie
       if (lane == 0) {
         const int head = next / params.items_of_head, batch = head / args.num_heads;
         WorkItem work{batch, head - batch * args.num_heads, next - head * params.items_of_head, args.num_keys};
-        if (next >= items) work = {0, 0, WorkItem::kNoMore, 0};
+        if (next >= params.num_items) work = {0, 0, WorkItem::kNoMore, 0};
         shared.items[announced.slot()] = work;
         ptx::barrier_arrive(barriers.item_full + 8 * announced.slot());
-        if (next < items) next = atomicAdd(params.kernel.workspace.next_item, 1);
+        if (next < params.num_items) next = atomicAdd(params.kernel.workspace.next_item, 1);
       }
       announced.advance();
     }

@@ -2,8 +2,8 @@
 //
 // One block a row. A guess from a sample bounds the pattern of the last key that is kept (select_bracket.cuh). One look at
 // all keys then writes two rows of bits to shared memory: keys at or above the upper bound, which stay, and those between
-// the bounds. If the cut lies there, and there are few, they are listed, the cut is found by bisection
-// among them, and of the keys that tie there the lowest stay. If not, what was counted gives better bounds, and
+// the bounds. If the cut lies there, and there are few, they are listed, counted in bins of patterns until the cut is known,
+// and of the keys that tie there the lowest stay. If not, what was counted gives better bounds, and
 // the next look follows: the row is read again, mostly from L2. Sums are taken in one order, so that every run keeps
 // the same keys.
 #pragma once
@@ -22,6 +22,7 @@ struct SelectArgs {
   SelectRule rule;
   int32_t num_keys, num_words, num_rows;  // num_rows: of a head
   const int32_t* floors;                  // [heads] least keys of a row, or null
+  const int32_t* flags;                   // [rows] which rows to do, or null: all
   uint32_t* bits;                         // [rows, W], or null: only the counts that the rule and min_keys ask for
   int32_t* counts;                        // [rows]
 };
@@ -29,7 +30,10 @@ struct SelectArgs {
 template <class Scores>
 struct SelectMemory {
   static constexpr int kListed = Scores::kListed;
+  static constexpr int kBins = 512;  // more, and three blocks with float32 scores would not fit
   BlockSum::Parts parts;
+  int bins[kBins];  // of listed keys
+  Bound found[2];   // among them
   union {
     int keys[kListed];  // between the bounds
     int sample[RowSample<Scores>::kBins + 4];
@@ -122,20 +126,54 @@ class RowKeys {
   }
 
   // Of the listed keys, those that reach a pattern.
-  __device__ __forceinline__ Amount listed_from(int pattern, bool with_mass) {
-    // Every thread reads what it has put there.
+  __device__ __forceinline__ Amount listed_from(int pattern) {
     Amount mine{0, 0};
-    if (with_mass) {
 #pragma unroll 4
-      for (int i = threadIdx.x; i < num_listed_; i += kThreads) {
-        const int here = memory_.patterns[i];
-        if (here >= pattern) ++mine.count, mine.mass += Scores::value(here);
-      }
-    } else {
-#pragma unroll 4
-      for (int i = threadIdx.x; i < num_listed_; i += kThreads) mine.count += memory_.patterns[i] >= pattern;
+    for (int i = threadIdx.x; i < num_listed_; i += kThreads) {  // those that this thread has put there
+      const int here = memory_.patterns[i];
+      if (here >= pattern) ++mine.count, mine.mass += Scores::value(here);
     }
-    return sum_(mine, with_mass);
+    return sum_(mine, true);
+  }
+
+  // Moves the bounds of a cut, which lies among the listed keys, together: to the bin of 2^shift patterns that holds it.
+  // Where masses are asked for, a bin is one pattern: what several hold would depend on the order of adding.
+  __device__ __forceinline__ void narrow(const Cut& cut, int shift, Bound& lo, Bound& hi) {
+    constexpr int kOfThread = Memory::kBins / kThreads;
+    const int last = (hi.pattern - 1 - lo.pattern) >> shift;  // the bin of the lowest patterns; 0 has the highest
+    for (int i = threadIdx.x; i < Memory::kBins; i += kThreads) memory_.bins[i] = 0;
+    __syncthreads();  // before others count
+#pragma unroll 4
+    for (int i = threadIdx.x; i < num_listed_; i += kThreads) {
+      const int here = memory_.patterns[i];
+      if (here >= lo.pattern && here < hi.pattern) atomicAdd(memory_.bins + last - ((here - lo.pattern) >> shift), 1);
+    }
+    __syncthreads();  // all are counted
+    const auto first_pattern = [&](int bin) { return lo.pattern + ((last - bin) << shift); };
+    const auto hold = [&](int bin) {
+      const int number = memory_.bins[bin];
+      return cut.by_mass && number > 0 ? number * Scores::value(first_pattern(bin)) : 0.0f;  // else it may be no number
+    };
+    float higher[2] = {0, 0};  // count and mass of the bins of threads before this one
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int bin = kOfThread * threadIdx.x + i;
+      if (bin <= last) higher[0] += static_cast<float>(memory_.bins[bin]), higher[1] += hold(bin);
+    }
+    sum_.before(higher);
+    Bound above{hi.pattern, {hi.amount.count + static_cast<int>(higher[0]), hi.amount.mass + higher[1]}};
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int bin = kOfThread * threadIdx.x + i;
+      if (bin > last) break;
+      if (bin > 0) above.pattern = first_pattern(bin - 1);
+      Bound here{first_pattern(bin), {above.amount.count + memory_.bins[bin], above.amount.mass + hold(bin)}};
+      if (bin == last) here = lo;  // is known, and reaches the cut whatever this sum's rounding says
+      if (!cut.reached(above.amount) && cut.reached(here.amount)) memory_.found[0] = here, memory_.found[1] = above;
+      above = here;
+    }
+    __syncthreads();  // found
+    lo = memory_.found[0], hi = memory_.found[1];
   }
 
   // Of the listed keys, those from `upper` on count as above, and only those that reach `lower` are still between.
@@ -213,6 +251,7 @@ __global__ void __launch_bounds__(kSelectThreads, Scores::kBlocks)
   extern __shared__ __align__(16) char select_memory[];
   Memory& memory = *reinterpret_cast<Memory*>(select_memory);
   const int64_t row = blockIdx.x;
+  if (args.flags != nullptr && __ldg(args.flags + row) == 0) return;
   const int num_keys = args.num_keys;
   const SelectRule& rule = args.rule;
   BlockSum sum(memory.parts);
@@ -306,8 +345,14 @@ __global__ void __launch_bounds__(kSelectThreads, Scores::kBlocks)
 #pragma unroll 1
     while (listed && hi.pattern - lo.pattern > 1 && lo.amount.count - hi.amount.count > 1 &&
            (cut.by_mass || lo.amount.count != cut.count)) {
+      int shift = 0;
+      while ((hi.pattern - lo.pattern - 1) >> shift >= Memory::kBins) ++shift;
+      if (shift == 0 || !cut.by_mass) {
+        keys.narrow(cut, shift, lo, hi);
+        continue;
+      }
       const int pivot = lo.pattern + (hi.pattern - lo.pattern) / 2;
-      Amount here = keys.listed_from(pivot, cut.by_mass);
+      Amount here = keys.listed_from(pivot);
       here.count += memory.top.amount.count, here.mass += memory.top.amount.mass;
       (cut.reached(here) ? lo : hi) = {pivot, here};
     }

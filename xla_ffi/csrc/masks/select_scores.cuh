@@ -123,12 +123,13 @@ class BlockSum {
     return up_to - mine;
   }
 
-  // The same of three numbers.
-  __device__ __forceinline__ void before(float (&mine)[3]) {
+  // The same of up to three numbers.
+  template <int kNumbers>
+  __device__ __forceinline__ void before(float (&mine)[kNumbers]) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     side_ ^= 1;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < kNumbers; ++i) {
       float up_to = up_to_lane(mine[i], lane);
       if (lane == kWarp - 1) parts_.sums[side_][i][warp] = up_to;
       up_to = __shfl_up_sync(kAllLanes, up_to, 1);
@@ -136,7 +137,7 @@ class BlockSum {
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < kNumbers; ++i) {
       float others = 0;
 #pragma unroll 1
       for (int other = 0; other < warp; ++other) others += parts_.sums[side_][i][other];

@@ -1,8 +1,8 @@
 // What all launches of kernels that score whole rows have in common.
 #pragma once
-#include <algorithm>
-
 #include <cuda_runtime.h>
+
+#include <algorithm>
 
 #include "masks/scores.cuh"
 
@@ -16,6 +16,19 @@ inline const char* check_scores(const ScoreArgs& args, int& num_sms) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Starts a kernel; if `early`, its blocks come as those of the kernel before leave, and not when all of it has ended:
+// then it has to call `wait_for_kernels_before`.
+template <class Args>
+cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t bytes, cudaStream_t stream, bool early,
+                   const Args& args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{
+      dim3(static_cast<unsigned>(blocks)), dim3(threads), bytes, stream, &attribute, early ? 1u : 0u};
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 template <class C>
