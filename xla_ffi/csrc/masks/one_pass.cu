@@ -21,10 +21,10 @@ __global__ void __launch_bounds__(kBestThreads) finish_rows_kernel(const __grid_
   uint32_t* bits = call.bits + row * args.num_words;
   int count = 0;
   for (int i = threadIdx.x; i < args.num_words; i += kBestThreads) count += __popc(bits[i]);
-  of_threads[threadIdx.x] = count;
+  count = __reduce_add_sync(kAllLanes, count);
+  if (threadIdx.x % kWarp == 0) of_threads[threadIdx.x / kWarp] = count;
   __syncthreads();
-  count = 0;
-  for (int i = 0; i < kBestThreads; ++i) count += of_threads[i];
+  count = __reduce_add_sync(kAllLanes, of_threads[threadIdx.x % (kBestThreads / kWarp)]) / (kWarp * kWarp / kBestThreads);
   if (count != 0 || !call.keep_best) {
     if (threadIdx.x == 0) call.counts[row] = count;
     return;

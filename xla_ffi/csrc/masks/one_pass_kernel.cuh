@@ -56,7 +56,7 @@ struct OnePassConfig {
 
 template <class C>
 struct OnePassMemory : SharedMemory<C> {
-  uint32_t words[C::kConsumers][2 * C::kBatch][4][4];  // of a tile and a warp
+  alignas(16) uint32_t words[C::kConsumers][2 * C::kBatch][4][C::kWords];  // of a tile and a warp
 };
 
 struct OnePassParams {
@@ -205,10 +205,8 @@ class PeakFinder {
     for (int word = 0; word < C::kWords; ++word) {
       words[word] = __reduce_or_sync(kAllLanes, words[word] >> (lane_ % 4 * 4));
     }
-    if (lane_ == 0) {
-#pragma unroll
-      for (int word = 0; word < C::kWords; ++word) words_[slot][warp_][word] = words[word];
-    }
+    static_assert(C::kWords == 4);
+    if (lane_ == 0) *reinterpret_cast<uint4*>(words_[slot][warp_]) = {words[0], words[1], words[2], words[3]};
   }
 
   // Such bits to their columns.
@@ -245,7 +243,7 @@ class PeakFinder {
     }
   }
 
-  uint32_t (&words_)[2 * C::kBatch][4][4];
+  uint32_t (&words_)[2 * C::kBatch][4][C::kWords];
   const OnePassArgs& call_;
   int consumer_, warp_, lane_;
   float limit_[2];           // of this thread's lines, in units of scores

@@ -150,27 +150,43 @@ class RowKeys {
     }
     __syncthreads();  // all are counted
     const auto first_pattern = [&](int bin) { return lo.pattern + ((last - bin) << shift); };
-    const auto hold = [&](int bin) {
-      const int number = memory_.bins[bin];
-      return cut.by_mass && number > 0 ? number * Scores::value(first_pattern(bin)) : 0.0f;  // else it may be no number
-    };
-    float higher[2] = {0, 0};  // count and mass of the bins of threads before this one
+    const int thread = threadIdx.x, first_bin = kOfThread * thread;
+    int number[kOfThread];
+    float mass[kOfThread], higher[2] = {0, 0};  // count and mass of the bins of threads before this one
 #pragma unroll
     for (int i = 0; i < kOfThread; ++i) {
-      const int bin = kOfThread * threadIdx.x + i;
-      if (bin <= last) higher[0] += static_cast<float>(memory_.bins[bin]), higher[1] += hold(bin);
+      number[i] = first_bin + i <= last ? memory_.bins[first_bin + i] : 0;
+      mass[i] = cut.by_mass && number[i] > 0 ? number[i] * Scores::value(first_pattern(first_bin + i)) : 0.0f;
+      higher[0] += static_cast<float>(number[i]), higher[1] += mass[i];
     }
-    sum_.before(higher);
-    Bound above{hi.pattern, {hi.amount.count + static_cast<int>(higher[0]), hi.amount.mass + higher[1]}};
+    const int own = static_cast<int>(higher[0]);
+    sum_.before(higher);  // and all have read their bins
+    // A thread ends where the next one begins: sums that round in their own ways could leave the cut to none of them.
+    float* begins = reinterpret_cast<float*>(memory_.bins);
+    begins[thread] = higher[1];
+    __syncthreads();  // all begins are written
+    const bool has_last = first_bin <= last && last < first_bin + kOfThread, has_bins = first_bin <= last;
+    Bound above{first_bin > 0 && has_bins ? first_pattern(first_bin - 1) : hi.pattern,
+                {hi.amount.count + static_cast<int>(higher[0]), hi.amount.mass + higher[1]}};
+    // lo is known, and reaches the cut whatever this sum's rounding says.
+    const Amount end = has_last   ? lo.amount
+                       : has_bins ? Amount{above.amount.count + own, hi.amount.mass + begins[thread + 1]}
+                                  : above.amount;
+    const bool holds = has_bins && !cut.reached(above.amount) && (has_last || cut.reached(end));
+    const int holder = kThreads - sum_.most({holds || has_last ? kThreads - thread : 0, 0}).x;  // the first of them
+    if (thread == holder) {
 #pragma unroll
-    for (int i = 0; i < kOfThread; ++i) {
-      const int bin = kOfThread * threadIdx.x + i;
-      if (bin > last) break;
-      if (bin > 0) above.pattern = first_pattern(bin - 1);
-      Bound here{first_pattern(bin), {above.amount.count + memory_.bins[bin], above.amount.mass + hold(bin)}};
-      if (bin == last) here = lo;  // is known, and reaches the cut whatever this sum's rounding says
-      if (!cut.reached(above.amount) && cut.reached(here.amount)) memory_.found[0] = here, memory_.found[1] = above;
-      above = here;
+      for (int i = 0; i < kOfThread; ++i) {
+        const int bin = first_bin + i;
+        const bool ends = bin == last || i == kOfThread - 1;
+        Bound here{first_pattern(bin), {above.amount.count + number[i], above.amount.mass + mass[i]}};
+        if (ends) here.amount = end;
+        if (ends || cut.reached(here.amount)) {
+          memory_.found[0] = here, memory_.found[1] = above;
+          break;
+        }
+        above = here;
+      }
     }
     __syncthreads();  // found
     lo = memory_.found[0], hi = memory_.found[1];
