@@ -176,8 +176,9 @@ def mean_mask(
     Means are summed in float32 and rounded to the dtype of the queries; the score of a key is the mean over the row's
     means of its softmax probability over all keys, in float32. With a threshold no score reaches global memory. A
     `SelectRule` ranks probabilities of 16 bits, of some heads at a time: rounded down to 10 bits of mantissa, those
-    below 2^-62 all equal, so that `top_p` holds at least its share and keys closer than 0.1 % may change places. NaN is
-    kept.
+    below 2^-62 all equal, so that `top_p` holds at least its share and keys closer than 0.1 % may change places.
+    `top_k` with one mean per row, 4096 keys or more and no `head_floor` ranks scores of float32 instead, but for rows
+    whose sample misleads it. NaN is kept.
 
     Args:
         query: bfloat16 or float16; `H` 64 or 128.
@@ -189,7 +190,7 @@ def mean_mask(
         num_means: Parts of a row with a mean each: 1, 2, 4 or 8. Parts without a query count as nothing.
         keep_best: With a threshold: a row that keeps nothing keeps its best key, the lowest one among equals.
         workspace_bytes: With a `SelectRule`: room for probabilities, of one head at least. Heads are done in as few
-            turns as this allows, in turns of equal size.
+            turns as this allows, in turns of equal size. Samples take 2 KiB a row of all heads besides.
 
     Returns:
         Bits and kept keys of every row, as `exact_mask`.
