@@ -438,6 +438,18 @@ def test_codes_rank_a_row_unless_its_sample_misleads(emulator, name, top_k, flag
     assert workspace[-1] == flagged
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "query_block"),
+    [(64, "bfloat16", 64), pytest.param(128, "float16", 128, marks=pytest.mark.slow)],
+)
+def test_codes_rank_the_rows_of_all_heads(kernels, head_dim, dtype, query_block):
+    how = {"head_dim": head_dim, "dtype": dtype, "query_block": query_block, "ordered": True, "scale": head_dim**-0.5}
+    scored, budget = make(query_block + 9, 4300, heads=(4, 2), batch=2, seed=6, **how), Budget(top_k=1290)
+    whole, counts = kernels.mean_mask(scored, budget, heads=8)
+    assert_best_of_means(whole, counts, mean_scores(scored), budget)
+    np.testing.assert_array_equal(whole, kernels.mean_mask(scored, budget, heads=3)[0])
+
+
 @pytest.mark.parametrize("num_keys", [700, MANY])
 def test_a_nan_ranks_first_and_a_share_of_it_is_everything(kernels, num_keys):
     scored = one_row(np.random.default_rng(3).standard_normal(num_keys))
