@@ -304,10 +304,10 @@ def test_arrays_on_the_cpu_run_as_xla_if_nothing_is_named_and_fail_if_it_is():
         jax.block_until_ready(RUNS["cuda"](*arrays))
 
 
-@pytest.mark.parametrize("with_work", ["no_work_order", "work_order"])
-def test_a_captured_command_buffer_gives_the_same_results(run_python, tmp_path, with_work):
+@pytest.mark.parametrize("what", ["no_work_order", "work_order", "mean_mask"])
+def test_a_captured_command_buffer_gives_the_same_results(run_python, tmp_path, what):
     program = PROGRAMS / "command_buffer.py"
-    code = f"import runpy, sys; sys.argv[1:] = {[with_work, str(tmp_path)]!r}; runpy.run_path({str(program)!r})"
+    code = f"import runpy, sys; sys.argv[1:] = {[what, str(tmp_path)]!r}; runpy.run_path({str(program)!r})"
     flags = (
         "--xla_gpu_graph_min_graph_size=1 --xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL "
         f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
