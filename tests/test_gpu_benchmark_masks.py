@@ -376,6 +376,29 @@ class TestContest:
         assert (mean.query_block, mean.budget) == (64, Budget(top_p=0.9))
 
 
+class TestWarmth:
+    """What runs before a turn."""
+
+    @pytest.mark.parametrize(("names", "warmed"), [(("exact", "cudnn", "fa3"), True), (("cuda", "cudnn"), False)])
+    def test_the_first_dense_peer_works_before_every_turn_where_masks_are_made(self, monkeypatch, names, warmed):
+        asked = []
+
+        def answer(entry, message, *_):
+            if message["do"] == "time":
+                asked.append((entry.name, message["target_ms"]))
+            return {"ms": 1.0}
+
+        case = dataclasses.replace(SMALL, contestants=names, device_timer=False)
+        monkeypatch.setattr(contest, "_ask", answer)
+        monkeypatch.setattr(contest, "_prepare", lambda *_: None)
+        workers = dict.fromkeys(names, Worker("none"))
+        settings = contest.Settings(rounds=2, batch_ms=4.0, warm_ms=30.0)
+        entries = contest.run_case(case, None, workers, settings, oracle=object())
+        turn = [("cudnn", 30.0)] * warmed
+        assert asked == 2 * [one for name in names for one in (*turn, (name, 4.0))]
+        assert all(len(entry.times_ms) == 2 for entry in entries)
+
+
 class TestRepeatedCalls:
     def test_a_program_holds_a_call_for_each_first_argument(self, monkeypatch):
         done = []

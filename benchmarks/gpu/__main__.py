@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=300.0,
         metavar="MS",
-        help="dense attention before every turn, so that all find the GPU in the same state (default: %(default)s)",
+        help="where masks are made: dense attention before every turn, so that all find the GPU in the same state "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--budget-s", type=float, metavar="S", help="no case starts later (default: 300; 60 with --quick)"

@@ -27,8 +27,8 @@ class Settings:
     Args:
         rounds: Turns of every contestant.
         batch_ms: Work that is enqueued per turn.
-        warm_ms: Dense attention before every turn, the same for all: a contestant finds the GPU as its own attention
-            leaves it, and not as the one before it has, which may have been hungrier.
+        warm_ms: Work of the first dense peer before every turn of a case that makes masks: contestants find the GPU as
+            dense attention leaves it, and not as the one before them has, which may have been hungrier.
         hello_s: Limit for starting a worker.
         prepare_s: Limit for loading, compiling and one call.
         step_s: Limit for everything else.
@@ -191,9 +191,10 @@ def run_case(
         message = {"do": "plan", "contestant": entry.name}
         if entry.live and (answer := _ask(entry, message, settings.step_s, entries)):
             entry.plan_ms = answer["ms"]
+    makes_masks = any(entry.name in MAKERS for entry in entries)
     for _ in range(settings.rounds):
         for entry in entries:
-            if entry.live:
+            if entry.live and makes_masks:
                 _warm(entries, settings)
             message = {"do": "time", "contestant": entry.name, "target_ms": settings.batch_ms}
             if entry.live and (answer := _ask(entry, message, settings.step_s, entries)):
