@@ -34,12 +34,12 @@ NUM_KERNELS = {
     "mean_sums_kernel": 8,  # with samples or without
     "mean_probabilities_kernel": 4,
     "mean_bits_kernel": 8,  # one mean a row, or several
-    "mean_codes_kernel": 4,
+    "mean_candidates_kernel": 8,  # with masses or without
     # Two dtypes
     "finish_rows_kernel": 2,
     "keep_best_kernel": 2,
     "keep_best_of_mean_kernel": 2,
-    "rank_kernel": 2,
+    "rank_kernel": 1,
     "bands_kernel": 1,
     # float32 scores, and probabilities in 16 bits by blocks of 256 and 512 threads
     "select_kernel": 3,
@@ -152,7 +152,7 @@ def test_the_note_says_what_was_built_from_which_sources(note):
 
 def test_the_library_loads_without_a_driver_and_says_what_it_is(library):
     loaded = ctypes.CDLL(str(library))
-    assert (loaded.fgattn_abi_version(), loaded.fgattn_ffi_api_minor()) == (4, 1)
+    assert (loaded.fgattn_abi_version(), loaded.fgattn_ffi_api_minor()) == (5, 1)
     loaded.fgattn_source_hash.restype = loaded.fgattn_mask_hash.restype = ctypes.c_char_p
     assert loaded.fgattn_source_hash().decode() == gpu_ledger.source_hash()
     assert loaded.fgattn_mask_hash().decode() == gpu_ledger.mask_hash()

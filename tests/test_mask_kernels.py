@@ -333,13 +333,15 @@ def not_sampled(num_words: int, num_sampled: int) -> np.ndarray:
     return np.flatnonzero(left)
 
 
-def not_sampled_for_codes() -> np.ndarray:
+def not_sampled_for_bands() -> np.ndarray:
     """Keys of a row of `MANY` that mean_sums_kernel leaves in no sample (`take_sample` of mean_kernel.cuh)."""
     tile, lane = np.divmod(np.arange(MANY // 128 * 4, dtype=np.int64), 4)
     choice = (tile * 2654435761 % 2**32) >> (20 + 2 * lane)
-    first = 128 * tile + 8 * np.array([6, 1, 12, 11])[choice % 4] + 2 * lane
+    near = np.where(choice % 2 == 1, 8, 49)
+    far = np.where(choice // 2 % 2 == 1, 88, 97)
+    first = 128 * tile + 2 * lane
     left = np.ones(MANY, bool)
-    left[np.concatenate([first, first + 1])] = False
+    left[np.concatenate([first + near, first + far])] = False
     return np.flatnonzero(left)
 
 
@@ -353,9 +355,9 @@ def rows_of_scores() -> dict[str, np.ndarray]:
     high[keys_missed] += 5
     low[keys_missed] -= 5
     high[np.minimum(2 * words_missed + 1, MANY - 1)] += 2
-    codes_high, codes_low = plain / 4, plain / 4
-    codes_high[not_sampled_for_codes()] += 2
-    codes_low[not_sampled_for_codes()] -= 2
+    bands_high, bands_low = plain / 4, plain / 4
+    bands_high[not_sampled_for_bands()] += 2
+    bands_low[not_sampled_for_bands()] -= 2
     return {
         "plain": 2 * plain,
         "narrow": plain / 100,
@@ -367,8 +369,8 @@ def rows_of_scores() -> dict[str, np.ndarray]:
         "two_keys_hold_most": heavy,
         "missed_keys_are_high": high,
         "missed_keys_are_low": low,
-        "keys_missed_for_codes_are_high": codes_high,
-        "keys_missed_for_codes_are_low": codes_low,
+        "keys_missed_for_bands_are_high": bands_high,
+        "keys_missed_for_bands_are_low": bands_low,
     }
 
 
@@ -386,7 +388,7 @@ ROW_BUDGETS = {
 
 
 # In the emulation: what asks for one look, for more, or for none but ties; the rest is slow.
-QUICK_ROWS = ("narrow", "all_equal", "missed_keys_are_high", "keys_missed_for_codes_are_low")
+QUICK_ROWS = ("narrow", "all_equal", "missed_keys_are_high", "keys_missed_for_bands_are_low")
 QUICK_BUDGETS = ("half", "most_mass", "mass_with_a_floor")
 ROW_CASES = [
     pytest.param(row, budget, marks=() if row in QUICK_ROWS and budget in QUICK_BUDGETS else pytest.mark.slow)
@@ -422,18 +424,24 @@ def test_the_cut_is_found_wherever_the_best_keys_lie(kernels, name, budget):
 
 
 @pytest.mark.parametrize(
-    ("name", "top_k", "flagged"),
+    ("name", "budget", "flagged"),
     [
-        *((name, top_k, 0) for name in ("plain", "narrow", "two_keys_hold_most") for top_k in (MANY // 2, MANY // 20)),
-        ("all_equal", MANY // 2, 1),
-        ("keys_missed_for_codes_are_high", MANY // 20, 1),
-        ("keys_missed_for_codes_are_low", MANY // 2, 1),
+        *(
+            (name, budget, 0)
+            for name in ("plain", "narrow", "two_keys_hold_most")
+            for budget in ("half", "few", "most_mass", "all_mass_but_some", "mass_with_a_cap", "mass_with_a_floor")
+        ),
+        ("all_equal", "half", 1),
+        ("all_equal", "most_mass", 1),
+        ("keys_missed_for_bands_are_high", "few", 1),
+        ("keys_missed_for_bands_are_low", "half", 1),
+        ("keys_missed_for_bands_are_low", "most_mass", 1),
     ],
 )
-def test_codes_rank_a_row_unless_its_sample_misleads(emulator, name, top_k, flagged):
+def test_the_cut_lies_among_candidates_unless_the_sample_misleads(emulator, name, budget, flagged):
     scored = one_row(ROWS[name])
-    rule = EmulatedRule(2, 0.0, top_k, 1, MANY, 0.0)
     sizes = {"scale": scored.scale, "query_block": scored.query_block, "num_sms": 2, "seed": 1}
+    rule = rule_of(ROW_BUDGETS[budget], MANY)
     *_, workspace = emulator.mean_mask(scored.query, scored.key, rule, scored.order, **sizes)
     assert workspace[-1] == flagged
 
@@ -442,9 +450,10 @@ def test_codes_rank_a_row_unless_its_sample_misleads(emulator, name, top_k, flag
     ("head_dim", "dtype", "query_block"),
     [(64, "bfloat16", 64), pytest.param(128, "float16", 128, marks=pytest.mark.slow)],
 )
-def test_codes_rank_the_rows_of_all_heads(kernels, head_dim, dtype, query_block):
+@pytest.mark.parametrize("budget", [Budget(top_k=1290), Budget(top_p=0.8)], ids=["top_k", "top_p"])
+def test_candidates_of_all_heads(kernels, head_dim, dtype, query_block, budget):
     how = {"head_dim": head_dim, "dtype": dtype, "query_block": query_block, "ordered": True, "scale": head_dim**-0.5}
-    scored, budget = make(query_block + 9, 4300, heads=(2, 1), batch=2, seed=6, **how), Budget(top_k=1290)
+    scored = make(query_block + 9, 4300, heads=(2, 1), batch=2, seed=6, **how)
     kept, counts = kernels.mean_mask(scored, budget, heads=3)  # in two turns
     assert_best_of_means(kept, counts, mean_scores(scored), budget)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 _PACKAGE = "fgattn_jax.xla_ffi"
 LIBRARY_NAME = "libfgattn_cuda.so"
 BUILD_NOTE_NAME = "cuda_build.txt"
-ABI_VERSION = 4
+ABI_VERSION = 5
 """What `fgattn_abi_version()` of the library must return: targets, operands, results and attributes as used here."""
 
 ATTENTION_TARGET = "fgattn_attention"

@@ -153,7 +153,7 @@ def exact_mass(
 
 MOST_MEANS = 8
 """Means per row that the kernel takes, at most."""
-_GUESS_NUMBERS = 515
+_GUESS_NUMBERS = 1028
 """Numbers of a row that say where its cut lies: kGuessNumbers of csrc/masks/mask_launch.h."""
 MOST_RANKED_KEYS = 262144
 """Keys of a row that a `SelectRule` ranks, at most: their bits stand in shared memory."""
@@ -169,7 +169,7 @@ def mean_mask(
     query_block: int,
     num_means: int = 1,
     keep_best: bool = False,
-    workspace_bytes: int = 1 << 29,
+    workspace_bytes: int = 1 << 30,
 ) -> tuple[UInt32[Array, "B N R W"], Int32[Array, "B N R"]]:
     """The keys that the mean queries of a row attend to, and how many these are.
 
@@ -177,8 +177,9 @@ def mean_mask(
     means of its softmax probability over all keys, in float32. With a threshold no score reaches global memory. A
     `SelectRule` ranks probabilities of 16 bits, of some heads at a time: rounded down to 10 bits of mantissa, those
     below 2^-62 all equal, so that `top_p` holds at least its share and keys closer than 0.1 % may change places.
-    `top_k` with one mean per row, 4096 keys or more and no `head_floor` ranks scores of float32 instead, but for rows
-    whose sample misleads it. NaN is kept.
+    `top_k` and `top_p` with one mean per row, 4096 keys or more and no `head_floor` do so for rows only whose sample
+    misleads. For others, only keys near the last one kept are rounded, to 1/65534 of the range of scores around it
+    that the sample leaves open, of some powers of two. NaN is kept.
 
     Args:
         query: bfloat16 or float16; `H` 64 or 128.
@@ -190,7 +191,7 @@ def mean_mask(
         num_means: Parts of a row with a mean each: 1, 2, 4 or 8. Parts without a query count as nothing.
         keep_best: With a threshold: a row that keeps nothing keeps its best key, the lowest one among equals.
         workspace_bytes: With a `SelectRule`: room for probabilities, of one head at least. Heads are done in as few
-            turns as this allows, in turns of equal size. Samples take 2 KiB a row of all heads besides.
+            turns as this allows, in turns of equal size. Samples take 4 KiB a row of all heads besides.
 
     Returns:
         Bits and kept keys of every row, as `exact_mask`.
@@ -211,7 +212,7 @@ def mean_mask(
     num_keys = key.shape[1]
     num_rows, num_words = -(-num_queries // query_block), 4 * -(-num_keys // 128)
     lines = -(-num_rows * num_means // 256) * 256  # mean_workspace_size
-    of_ranked_head = num_rows * num_words * 16 + 4
+    of_ranked_head = num_rows * num_words * 32 + 4
     turns = -(-batch * num_heads // max(1, workspace_bytes // (4 * of_ranked_head)))
     workspace_heads = -(-batch * num_heads // turns) if ranks else 0
     workspace = batch * num_heads * lines * (head_dim // 2 + 2 * 16) + workspace_heads * of_ranked_head

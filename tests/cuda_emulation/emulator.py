@@ -470,7 +470,7 @@ class Emulator:
         num_rows, num_words = bits.shape[2:]
         lines, ranks = -(-num_rows * num_means // 256) * 256, isinstance(keep, SelectRule)
         numbers = batch * num_heads * lines * (head_dim // 2 + 2 * 16)
-        numbers += ranks * (workspace_heads * (num_rows * num_words * 16 + 4) + batch * num_heads * num_rows * 515)
+        numbers += ranks * (workspace_heads * (num_rows * num_words * 32 + 4) + batch * num_heads * num_rows * 1028)
         workspace, whole = _guarded((numbers,), np.int32)
         limits = np.zeros(num_heads, np.float32) if isinstance(keep, SelectRule) else keep
         rule = keep if isinstance(keep, SelectRule) else SelectRule()

@@ -82,15 +82,18 @@ def check_masks(scored: Scored) -> None:
     compare(scored, found)
 
 
-def check_codes(scored: Scored) -> None:
-    """Enough keys for codes; those of the last head are all equal, so that its rows go the other way."""
+def check_candidates(scored: Scored) -> None:
+    """Enough keys for candidates; those of the last head are all equal, so that its rows go the other way."""
     key = scored.key.copy()
     key[:, :, -1] = 0
     scored = dataclasses.replace(scored, key=key)
     order = None if scored.order is None else jnp.asarray(scored.order)
-    arrays = jnp.asarray(scored.query), jnp.asarray(key), masks.SelectRule(top_k=1200), order
     how = {"scale": jnp.float32(scored.scale), "query_block": scored.query_block}
-    compare(scored, {"codes": (masks.mean_mask(*arrays, **how), mean_scores(scored, 1), 1200)})
+    means = mean_scores(scored, 1)
+    best = masks.mean_mask(jnp.asarray(scored.query), jnp.asarray(key), masks.SelectRule(top_k=1200), order, **how)
+    share = masks.mean_mask(jnp.asarray(scored.query), jnp.asarray(key), masks.SelectRule(top_p=0.7), order, **how)
+    fewest = (np.cumsum(-np.sort(-means, axis=-1), axis=-1) < 0.7).sum(-1) + 1
+    compare(scored, {"best candidates": (best, means, 1200), "a share": (share, means, fewest)})
 
 
 def compare(scored: Scored, found: dict[str, Any]) -> None:
@@ -98,7 +101,7 @@ def compare(scored: Scored, found: dict[str, Any]) -> None:
     for name, ((bits, counts), scores, count) in found.items():
         kept = unpack(np.asarray(bits), scored.key.shape[1])
         least, most = np.where(kept, scores, np.inf).min(-1), np.where(kept, -np.inf, scores).max(-1)
-        wanted = np.maximum((scores > 2.0 / KEYS).sum(-1), 1) if count is None else min(count, scored.key.shape[1])
+        wanted = np.maximum((scores > 2.0 / KEYS).sum(-1), 1) if count is None else np.minimum(count, scored.key.shape[1])
         off = int(np.abs(kept.sum(-1) - wanted).max())
         print(f"{name}, {scored.query.dtype}, {scored.query.shape}: counts off by {off}", flush=True)
         if (np.asarray(counts) != kept.sum(-1)).any() or off > 2 or (least < most * 0.99).any():
@@ -111,8 +114,8 @@ def main(kernel: str) -> None:
             sizes = {"head_dim": head_dim, "query_block": query_block, "dtype": dtype, "scale": head_dim**-0.5}
             check_masks(make(2 * query_block + 37, KEYS, heads=(4, 2), ordered=query_block == 64, **sizes))
         check_masks(make(1, 1, head_dim=128, scale=0.1))
-        check_codes(make(150, 4200, heads=(4, 2), head_dim=128, scale=0.1))
-        check_codes(
+        check_candidates(make(150, 4200, heads=(4, 2), head_dim=128, scale=0.1))
+        check_candidates(
             make(150, 4200, heads=(4, 2), head_dim=64, query_block=64, dtype="float16", scale=0.1, ordered=True)
         )
         return

@@ -196,7 +196,7 @@ FGATTN_EXPORT XLA_FFI_Error* FgattnCheckWorkOrder(XLA_FFI_CallFrame*);
 FGATTN_EXPORT int fgattn_ffi_api_minor() { return XLA_FFI_API_MINOR; }
 
 // Raised with every change of targets, operands, results or attributes.
-FGATTN_EXPORT int fgattn_abi_version() { return 4; }
+FGATTN_EXPORT int fgattn_abi_version() { return 5; }
 
 // SHA-256 over the sources as the build saw them (tests/gpu_ledger.py says how), empty where the build passed none. A run of
 // the GPU tests counts for those sources only.

@@ -59,6 +59,8 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
 }
 inline int __float_as_int(float x) { return emulation::bits_as<int>(x); }
 inline float __int_as_float(int x) { return emulation::bits_as<float>(x); }
+inline unsigned __float_as_uint(float x) { return emulation::bits_as<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return emulation::bits_as<float>(x); }
 
 template <class T>
 inline T __ldg(const T* pointer, EMULATION_SITE) {

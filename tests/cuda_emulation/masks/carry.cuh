@@ -16,6 +16,18 @@ inline float saturating_fma(float x, float a, float b) {
   return y >= 0 ? std::fmin(y, 1.0f) : 0.0f;
 }
 
-inline uint32_t floor_to_byte(float x, float a) { return static_cast<uint32_t>(std::floor(double{x} * a)) + 128; }
+inline uint32_t floor_of_fma(float x, float a, float b) {
+  // The sum is exact in float64 as long as it has some 50 bits; then rounded down.
+  const double sum = std::fma(double{x}, double{a}, double{b});
+  float y = static_cast<float>(sum);
+  if (static_cast<double>(y) > sum) y = std::nextafterf(y, -INFINITY);
+  return static_cast<uint32_t>(__float_as_int(y));
+}
+
+inline void store_inside(uint32_t& next, uint32_t entry, float x, float limit, EMULATION_SITE) {
+  if (!(std::fabs(x) < limit)) return;
+  std::memcpy(const_cast<char*>(emulation::shared_pointer(next, 4, site)), &entry, 4);
+  next += 4;
+}
 
 }  // namespace fgattn::ptx

@@ -1,4 +1,4 @@
-// Comparisons of many keys in few instructions, by PTX that C++ does not give.
+// What is done to many keys in few instructions, by PTX that C++ does not give.
 #pragma once
 #include <cstdint>
 
@@ -23,9 +23,19 @@ __device__ __forceinline__ float saturating_fma(float x, float a, float b) {
   return y;
 }
 
-// The integer below x a, of [0, 128), plus 128; in the lowest byte.
-__device__ __forceinline__ uint32_t floor_to_byte(float x, float a) {
-  return __float_as_uint(__fmaf_rd(x, a, 0x1p23f + 128));
+// The bits of x a + b, rounded down: for sums of 2^23 to 2^24 the integer below, and the exponent above its 23 bits.
+__device__ __forceinline__ uint32_t floor_of_fma(float x, float a, float b) {
+  return __float_as_uint(__fmaf_rd(x, a, b));
+}
+
+// Where |x| < limit: stores `entry` to shared memory and moves on. Conditions of instructions, not a branch around them.
+__device__ __forceinline__ void store_inside(uint32_t& next, uint32_t entry, float x, float limit) {
+  asm volatile(
+      "{\n.reg .pred inside;\n.reg .f32 size;\nabs.f32 size, %2;\nsetp.lt.f32 inside, size, %3;\n"
+      "@inside st.shared.u32 [%0], %1;\n@inside add.u32 %0, %0, 4;\n}"
+      : "+r"(next)
+      : "r"(entry), "f"(x), "f"(limit)
+      : "memory");
 }
 
 }  // namespace fgattn::ptx

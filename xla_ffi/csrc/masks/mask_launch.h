@@ -74,15 +74,15 @@ inline constexpr int64_t mean_lines(int64_t num_rows, int64_t num_means) {
   return (num_rows * num_means + kMeanLines - 1) / kMeanLines * kMeanLines;
 }
 
-inline constexpr int32_t kSampleWords = 512;  // of a row, two scores each
-inline constexpr int32_t kGuessNumbers = kSampleWords + 2 + 1;  // of a row: sample, band, flag
+inline constexpr int32_t kSampleWords = 1024;  // of a row, two scores each
+inline constexpr int32_t kGuessNumbers = kSampleWords + 3 + 1;  // of a row: sample, band, flag
 
 // Numbers of 32 bits: means of 16 bits, reference and sum of every part of the keys, and where keys are ranked, the
 // probabilities of `ranked_heads` heads in 16 bits, a floor for each, and kGuessNumbers a row; 0 heads where they are not.
 inline constexpr int64_t mean_workspace_size(int64_t heads, int64_t num_rows, int64_t num_words, int64_t head_dim,
                                              int64_t num_means, int64_t ranked_heads) {
   return heads * mean_lines(num_rows, num_means) * (head_dim / 2 + 2 * kMostKeyParts) +
-         ranked_heads * (num_rows * num_words * 16 + 4) + (ranked_heads > 0 ? heads * num_rows * kGuessNumbers : 0);
+         ranked_heads * (num_rows * num_words * 32 + 4) + (ranked_heads > 0 ? heads * num_rows * kGuessNumbers : 0);
 }
 
 // These enqueue on `stream`, allocate nothing, never wait for the device, and return null or what went wrong.

@@ -48,7 +48,7 @@ struct MeanItem {
 
 // Where the score of the last key that a row keeps is thought to lie (rank_kernel.cuh), in powers of two.
 struct Band {
-  float lower, steps;  // steps: in one power of two
+  float lower, width, lse;
 };
 
 struct MeanWork {
@@ -81,27 +81,28 @@ struct MeanWork {
   __host__ __device__ __forceinline__ int32_t* probabilities() const {
     return args.workspace + heads() * lines * (args.scores.head_dim / 2 + 2 * kMostKeyParts);
   }
-  // A row's sample: words of two scores, in powers of two as float16, of one in 2^sample_shift() whole tiles.
-  __host__ __device__ __forceinline__ int sample_shift() const {
-    int shift = 0;
-    while (4 * (args.scores.num_keys / 128 - 1 >> shift) + 4 > kSampleWords) ++shift;
-    return shift;
+  // A row's sample: words of two scores, in powers of two as float16, four of each of so many whole tiles: tile t gives
+  // sample t * sampled_share() >> 16, if the tile before it gives another one.
+  __host__ __device__ __forceinline__ int sampled_share() const {
+    constexpr int kMostTiles = kSampleWords / 4;
+    const int tiles = args.scores.num_keys / 128;
+    return tiles <= kMostTiles ? 1 << 16 : (kMostTiles << 16) / tiles;
   }
   __host__ __device__ __forceinline__ int sample_words() const {
     const int tiles = args.scores.num_keys / 128;
-    return tiles == 0 ? 0 : 4 * (tiles - 1 >> sample_shift()) + 4;
+    return tiles == 0 ? 0 : 4 * ((tiles - 1) * sampled_share() >> 16) + 4;
   }
   __device__ __forceinline__ uint32_t* samples(int64_t row) const { return guesses() + row * kSampleWords; }
   __device__ __forceinline__ Band* band(int64_t row) const {
     return reinterpret_cast<Band*>(guesses() + rows() * kSampleWords) + row;
   }
   __host__ __device__ __forceinline__ int32_t* flag(int64_t row) const {
-    return reinterpret_cast<int32_t*>(guesses() + rows() * (kSampleWords + 2)) + row;
+    return reinterpret_cast<int32_t*>(guesses() + rows() * (kGuessNumbers - 1)) + row;
   }
   __host__ __device__ __forceinline__ int64_t rows() const { return heads() * args.scores.num_rows; }
   __host__ __device__ __forceinline__ uint32_t* guesses() const {
     return reinterpret_cast<uint32_t*>(
-        probabilities() + args.workspace_heads * (int64_t{args.scores.num_rows} * args.scores.num_words * 16 + 4));
+        probabilities() + args.workspace_heads * (int64_t{args.scores.num_rows} * args.scores.num_words * 32 + 4));
   }
   // Keys that a row keeps by `top_k`.
   __device__ __forceinline__ int top_k() const {
@@ -206,14 +207,32 @@ __device__ __forceinline__ void produce_means(MeanMemory<C>& shared, const MeanW
   }
 }
 
-// look(group, first_key, scores) for every tile and group: scores[4 c + 2 line + b] is that of key
-// first_key + 8 c + 2 (lane % 4) + b with line lane / 4 + 8 line of the warp in its group of 64.
+// look(group, first_key, scores) for every tile and group of a consumer that has lines below num_lines:
+// scores[4 c + 2 line + b] is that of key first_key + 8 c + 2 (lane % 4) + b with line lane / 4 + 8 line of the warp in
+// its group of 64.
 template <class C, class Look>
-__device__ __forceinline__ void score_means(MeanMemory<C>& shared, const MeanItem& item, int consumer, int thread,
-                                            Look look) {
+__device__ __forceinline__ void score_means(MeanMemory<C>& shared, const MeanItem& item, int num_lines, int consumer,
+                                            int thread, Look look) {
   constexpr int kSums = C::kHeadDim / 16;
   static_assert(C::kGroups == 2);
   const int warp = thread / kWarp, lane = thread % kWarp;
+  const uint32_t full = ptx::shared_address(shared.keys_full), empty = ptx::shared_address(shared.keys_empty);
+  const uint32_t tiles = ptx::shared_address(shared.tiles);
+  Stage<C::kStages> stage;
+  auto wait_keys = [&] {
+    ptx::barrier_wait(full + 8 * stage.slot(), stage.phase());
+    ptx::fence_async_proxy();
+    return tiles + stage.slot() * C::kTileBytes;
+  };
+  if (item.first_line + consumer * C::kGroups * 64 >= num_lines) {
+    // Nothing to do but to give tiles back.
+    for (int left = item.num_tiles; left > 0; --left) {
+      wait_keys();
+      arrive_warp(empty + 8 * stage.slot(), lane);
+      stage.advance();
+    }
+    return;
+  }
   uint32_t means[C::kGroups][kSums][4];
   ptx::barrier_wait(ptx::shared_address(&shared.means_full), 0);
 #pragma unroll
@@ -228,14 +247,6 @@ __device__ __forceinline__ void score_means(MeanMemory<C>& shared, const MeanIte
   }
   __syncwarp();
   if (item.num_tiles <= 0) return;
-  const uint32_t full = ptx::shared_address(shared.keys_full), empty = ptx::shared_address(shared.keys_empty);
-  const uint32_t tiles = ptx::shared_address(shared.tiles);
-  Stage<C::kStages> stage;
-  auto wait_keys = [&] {
-    ptx::barrier_wait(full + 8 * stage.slot(), stage.phase());
-    ptx::fence_async_proxy();
-    return tiles + stage.slot() * C::kTileBytes;
-  };
   float scores[2][C::kScores];
   auto start = [&](int group, uint32_t tile) {
     const Descriptor keys(tile, 16);
@@ -295,33 +306,31 @@ __device__ __forceinline__ void pass_over_keys(const MeanWork& work, Look look) 
   } else {
     ptx::take_registers<C::kConsumerRegisters>();
     const int line = item.first_line + (warpgroup - 1) * C::kGroups * 64 + thread / kWarp * 16 + thread % kWarp / 4;
-    look(item, line, [&](auto at) { score_means<C>(shared, item, warpgroup - 1, thread, at); });
+    const int num_lines = work.args.scores.num_rows * work.args.num_means;
+    look(item, line, [&](auto at) { score_means<C>(shared, item, num_lines, warpgroup - 1, thread, at); });
   }
 }
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Leaves a pair of a thread's scores for each of its lines, from other columns in other tiles and lanes.
+// Leaves two of a thread's scores for each of its lines, from other columns in other tiles and lanes, and none of
+// neighbours, whose scores are alike.
 template <class C>
 __device__ __forceinline__ void take_sample(const MeanWork& work, int head, int first_line, int first_key, float factor,
                                             const float (&scores)[C::kScores]) {
-  const int tile = first_key / C::kTileKeys, shift = work.sample_shift(), quad = threadIdx.x % 4;
-  if ((tile & ((1 << shift) - 1)) != 0) return;
+  const int tile = first_key / C::kTileKeys, share = work.sampled_share(), quad = threadIdx.x % 4;
+  const int number = tile * share >> 16;
+  if (tile > 0 && number == (tile - 1) * share >> 16) return;
   const uint32_t choice = tile * 2654435761u >> (20 + 2 * quad);
 #pragma unroll
   for (int line = 0; line < 2; ++line) {
-    float pair[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const auto of_block = [&](int block) { return scores[4 * block + 2 * line + i]; };
-      const float low = (choice & 1) != 0 ? of_block(1) : of_block(6),
-                  high = (choice & 1) != 0 ? of_block(11) : of_block(12);
-      pair[i] = ((choice & 2) != 0 ? high : low) * factor;
-    }
+    const auto of_block = [&](int block, int i) { return scores[4 * block + 2 * line + i]; };
+    const float low = (choice & 1) != 0 ? of_block(1, 0) : of_block(6, 1);
+    const float high = (choice & 2) != 0 ? of_block(11, 0) : of_block(12, 1);
     const int row = first_line + 8 * line;
     if (row >= work.args.scores.num_rows) continue;
-    work.samples(int64_t{head} * work.args.scores.num_rows + row)[4 * (tile >> shift) + quad] =
-        ptx::pack<__half>(pair[0], pair[1]);
+    work.samples(int64_t{head} * work.args.scores.num_rows + row)[4 * number + quad] =
+        ptx::pack<__half>(low * factor, high * factor);
   }
 }
 
@@ -389,197 +398,6 @@ __global__ void __launch_bounds__(C::kThreads, 1) mean_sums_kernel(const __grid_
       if (lane % 4 == 0)
         *work.partial(item.head, first_line + 64 * (i / 2) + 8 * (i % 2), item.part) = {largest, total};
     }
-  });
-}
-
-// Probabilities of a thread's scores, averaged over the means of their row: every lane of a row has them.
-template <int kGroups>
-struct RowProbabilities {
-  const MeanWork& work;
-  int first_line;
-  float factor, lse[kGroups][2];
-
-  __device__ __forceinline__ RowProbabilities(const MeanWork& work, int head, int first_line)
-      : work(work), first_line(first_line), factor(kLog2E * __ldg(work.args.scores.scale)) {
-    // The four lanes of a line share its parts.
-    constexpr int kOfLane = kMostKeyParts / 4;
-    float2 parts[2 * kGroups][kOfLane];
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) {
-#pragma unroll
-      for (int j = 0; j < kOfLane; ++j) {
-        const int part = threadIdx.x % 4 + 4 * j;
-        parts[i][j] = *work.partial(head, first_line + 64 * (i / 2) + 8 * (i % 2), min(part, work.summed_parts - 1));
-        if (part >= work.summed_parts) parts[i][j] = {-INFINITY, 0};
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) {
-      float most = -INFINITY, sum = 0;
-#pragma unroll
-      for (int j = 0; j < kOfLane; ++j) most = fmaxf(most, parts[i][j].x);
-      most = quad_max(most);
-      const float shift = MeanWork::finite_or_zero(most);
-#pragma unroll
-      for (int j = 0; j < kOfLane; ++j) sum += parts[i][j].y * ptx::exp2(parts[i][j].x - shift);
-      lse[i / 2][i % 2] = shift + ptx::log2(quad_sum(sum));
-    }
-  }
-  // Of kScores scores from `first` on, a multiple of 4.
-  template <int kScores, int kAll>
-  __device__ __forceinline__ void of(int group, float (&scores)[kAll], int first) const {
-#pragma unroll
-    for (int i = first; i < first + kScores; ++i) {
-      scores[i] = ptx::exp2(fmaf(scores[i], factor, -lse[group][i / 2 % 2]));
-    }
-    const int num_means = work.args.num_means;
-    if (num_means == 1) return;
-    const float share[2] = {work.share(first_line + 64 * group), work.share(first_line + 64 * group + 8)};
-#pragma unroll
-    for (int i = first; i < first + kScores; ++i) {
-      const float part = share[i / 2 % 2];
-      scores[i] = part == 0 ? 0.0f : scores[i] * part;
-    }
-#pragma unroll 1
-    for (int distance = 4; distance < 4 * num_means; distance *= 2) {
-#pragma unroll
-      for (int i = first; i < first + kScores; ++i) scores[i] += __shfl_xor_sync(kAllLanes, scores[i], distance);
-    }
-  }
-};
-
-// Of the four lanes of a line, each with bits 2 c + b for its columns 8 c + 2 quad + b, lane i gets the word of 32
-// neighbouring keys that has its number.
-__device__ __forceinline__ uint32_t words_of_quad(uint32_t bits, int quad) {
-  // Bytes: lane i gets byte i of all four.
-  uint32_t theirs = __shfl_xor_sync(kAllLanes, bits, 2);
-  bits = __byte_perm(bits, theirs, quad < 2 ? 0x5410 : 0x3276);
-  theirs = __shfl_xor_sync(kAllLanes, bits, 1);
-  bits = __byte_perm(bits, theirs, quad % 2 == 0 ? 0x6240 : 0x3715);
-  // Pairs of bits: pair c of byte j to pair j of byte c.
-  uint32_t swapped = (bits ^ bits >> 6) & 0x00CC00CCu;
-  bits ^= swapped ^ swapped << 6;
-  swapped = (bits ^ bits >> 12) & 0x0000F0F0u;
-  return bits ^ swapped ^ swapped << 12;
-}
-
-// Second pass: bits of the keys whose probability is above the threshold, and how many these are.
-template <class C, bool kOneMean>
-__global__ void __launch_bounds__(C::kThreads, 1) mean_bits_kernel(const __grid_constant__ MeanWork work) {
-  pass_over_keys<C>(work, [&](const MeanItem& item, int first_line, auto score) {
-    const ScoreArgs& args = work.args.scores;
-    const int lane = threadIdx.x % kWarp, quad = lane % 4;
-    const float log_limit = kLog2E * __ldg(work.args.log_threshold + item.head % args.num_heads);
-    const float limit = ptx::exp2(log_limit);
-    const RowProbabilities<C::kGroups> probabilities(work, item.head, first_line);
-    const float factor = probabilities.factor;
-    bool writes[C::kGroups][2];
-    int row[C::kGroups][2], count[C::kGroups][2];
-#pragma unroll
-    for (int i = 0; i < 2 * C::kGroups; ++i) {
-      const int number = first_line + 64 * (i / 2) + 8 * (i % 2), of_head = number / work.args.num_means;
-      row[i / 2][i % 2] = item.head * args.num_rows + of_head, count[i / 2][i % 2] = 0;
-      writes[i / 2][i % 2] = number % work.args.num_means == 0 && of_head < args.num_rows;
-    }
-    score([&](int group, int first_key, float (&scores)[C::kScores]) {
-      if constexpr (!kOneMean) {
-#pragma unroll
-        for (int first = 0; first < C::kScores; first += 16) probabilities.template of<16>(group, scores, first);
-      }
-      const int word = first_key / 32 + quad, left = args.num_keys - 32 * word;
-      const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0u;
-#pragma unroll
-      for (int line = 0; line < 2; ++line) {
-        const float least = -probabilities.lse[group][line] - log_limit;
-        // Signs, one bit behind the other: what is not below is kept, NaN too. Two halves, as each shift waits for the
-        // one before it.
-        uint32_t below[2] = {0, 0};
-#pragma unroll
-        for (int bit = C::kScores / 4 - 1; bit >= 0; --bit) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int at = half * C::kScores / 4 + bit;  // bit 2 c + b is column 8 c + 2 quad + b
-            const float score = scores[at / 2 * 4 + 2 * line + at % 2];
-            const float sign = kOneMean ? fmaf(score, factor, least) : score <= limit ? -1.0f : 1.0f;
-            below[half] = ptx::shift_in_sign(below[half], sign);
-          }
-        }
-        const uint32_t kept = words_of_quad(~(below[0] | below[1] << (C::kScores / 4)), quad) & inside;
-        count[group][line] += __popc(kept);
-        if (writes[group][line]) work.args.bits[int64_t{row[group][line]} * args.num_words + word] = kept;
-      }
-    });
-#pragma unroll
-    for (int i = 0; i < 2 * C::kGroups; ++i) {
-      int all = count[i / 2][i % 2];
-      all += __shfl_xor_sync(kAllLanes, all, 1);
-      all += __shfl_xor_sync(kAllLanes, all, 2);
-      if (writes[i / 2][i % 2] && quad == 0) atomicAdd(work.args.counts + row[i / 2][i % 2], all);
-    }
-  });
-}
-
-// Second pass where keys are ranked: probabilities in 16 bits, `HalfScores` of select_scores.cuh,
-// [heads of the pass, R, W * 32].
-template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1) mean_probabilities_kernel(const __grid_constant__ MeanWork work) {
-  if (work.only_flagged) {
-    const MeanItem item = work.template at<C>(blockIdx.x);
-    const int num_rows = work.args.scores.num_rows;
-    int flagged = 0;
-    for (int i = threadIdx.x % kWarp; i < C::kLines; i += kWarp) {
-      const int row = (item.first_line + i) / work.args.num_means;
-      if (row < num_rows) flagged |= *work.flag(int64_t{item.head} * num_rows + row);
-    }
-    if (!__any_sync(kAllLanes, flagged)) return;
-  }
-  pass_over_keys<C>(work, [&](const MeanItem& item, int first_line, auto score) {
-    const ScoreArgs& args = work.args.scores;
-    const int lane = threadIdx.x % kWarp, quad = lane % 4;
-    const RowProbabilities<C::kGroups> probabilities(work, item.head, first_line);
-    const int64_t head_rows = int64_t{item.head - work.first_head} * args.num_rows;
-    int row[C::kGroups][2];  // -1: nothing to write
-#pragma unroll
-    for (int i = 0; i < 2 * C::kGroups; ++i) {
-      const int number = first_line + 64 * (i / 2) + 8 * (i % 2), of_head = number / work.args.num_means;
-      row[i / 2][i % 2] = number % work.args.num_means == 0 && of_head < args.num_rows ? of_head : -1;
-    }
-    score([&](int group, int first_key, float (&scores)[C::kScores]) {
-#pragma unroll
-      for (int four = 0; four < C::kScores / 16; ++four) {  // blocks of eight columns
-        probabilities.template of<16>(group, scores, 16 * four);
-#pragma unroll
-        for (int line = 0; line < 2; ++line) {
-          uint32_t pairs[4];  // of neighbouring columns, in four blocks
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float* pair = scores + 16 * four + 4 * i + 2 * line;
-            pairs[i] = HalfScores<4096>::pair(pair[0], pair[1]);
-          }
-          // The four lanes of a line turn their 4 x 4 pairs, so that each has eight neighbouring columns.
-#pragma unroll
-          for (int distance = 1; distance < 4; distance *= 2) {
-            const bool upper = (quad & distance) != 0;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              if (i & distance) continue;
-              const uint32_t theirs = __shfl_xor_sync(kAllLanes, upper ? pairs[i] : pairs[i + distance], distance);
-              if (upper) {
-                pairs[i] = theirs;
-              } else {
-                pairs[i + distance] = theirs;
-              }
-            }
-          }
-          if (row[group][line] >= 0) {
-            uint16_t* out = reinterpret_cast<uint16_t*>(work.probabilities()) +
-                            32 * int64_t{args.num_words} * (head_rows + row[group][line]) + first_key + 32 * four +
-                            8 * quad;
-            *reinterpret_cast<uint4*>(out) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-          }
-        }
-      }
-    });
   });
 }
 

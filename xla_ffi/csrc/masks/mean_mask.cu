@@ -6,8 +6,11 @@
 
 #include <algorithm>
 
+#include "masks/bands_kernel.cuh"
 #include "masks/best_key.cuh"
 #include "masks/mask_launch.h"
+#include "masks/mean_bits_kernel.cuh"
+#include "masks/mean_candidates_kernel.cuh"
 #include "masks/mean_kernel.cuh"
 #include "masks/rank_kernel.cuh"
 #include "masks/start.cuh"
@@ -60,15 +63,15 @@ int key_parts(int blocks, int num_tiles, int most_parts, int num_sms) {
 
 // A pass over the keys of `heads` heads from `work.first_head` on.
 template <class C>
-cudaError_t launch_pass(void (*kernel)(MeanWork), MeanWork work, int heads, cudaStream_t stream) {
+cudaError_t launch_pass(void (*kernel)(MeanWork), MeanWork work, int heads, cudaStream_t stream,
+                        size_t bytes = sizeof(MeanMemory<C>)) {
   static_assert(sizeof(MeanMemory<C>) <= 227 * 1024);
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(MeanMemory<C>));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
   // Where keys are ranked, starting early was no faster, and slower for a share (docs/notes/mask_kernels.md).
   const bool early = !work.args.ranks;
-  return launch(kernel, heads * (work.lines / C::kLines) * work.parts, C::kThreads, sizeof(MeanMemory<C>), stream,
-                early, work);
+  return launch(kernel, heads * (work.lines / C::kLines) * work.parts, C::kThreads, bytes, stream, early, work);
 }
 
 template <class C>
@@ -78,25 +81,32 @@ void take_keys_in_parts(MeanWork& work, int heads, int most_parts, int num_sms) 
   work.tiles_of_part = (tiles + work.parts - 1) / work.parts;
 }
 
-// Whether codes can say which keys are the best, but for a few rows (rank_kernel.cuh).
-bool ranks_by_codes(const MeanWork& work) {
+// Whether the cut can be found among candidates, but for a few rows (rank_kernel.cuh).
+bool ranks_candidates(const MeanWork& work) {
   constexpr int kFewestWords = 128;  // of a sample
   const MeanMaskArgs& args = work.args;
-  return args.ranks && args.num_means == 1 && args.rule.rule == Rule::kTopK && args.rule.head_floor == 0 &&
-         work.sample_words() >= kFewestWords && rank_bytes(args.scores.num_words) <= 227 * 1024;
+  const bool by_rule = args.rule.rule == Rule::kTopK || args.rule.rule == Rule::kTopP;
+  return args.ranks && args.num_means == 1 && by_rule && args.rule.head_floor == 0 &&
+         work.sample_words() >= kFewestWords && args.scores.num_words / 4 <= kMostLists * kMostListTiles;
 }
 
-// The best keys of some heads: codes, and what the rows keep whose sample was right.
+// The best keys of some heads: candidates, and what the rows keep whose sample was right.
 template <class C>
-cudaError_t launch_codes(MeanWork work, int heads, int num_sms, cudaStream_t stream) {
-  take_keys_in_parts<C>(work, heads, 1 << 20, num_sms);
-  cudaError_t error = launch_pass<C>(mean_codes_kernel<C>, work, heads, stream);
+cudaError_t launch_candidates(MeanWork work, int heads, int num_sms, cudaStream_t stream) {
+  take_keys_in_parts<C>(work, heads, kMostLists, num_sms);
+  if (work.tiles_of_part > kMostListTiles) {
+    const int tiles = work.args.scores.num_words / 4;
+    work.parts = (tiles + kMostListTiles - 1) / kMostListTiles;
+    work.tiles_of_part = (tiles + work.parts - 1) / work.parts;
+  }
+  static_assert(kCandidateBytes<C> <= 227 * 1024);
+  auto* pass = work.args.rule.rule == Rule::kTopP ? mean_candidates_kernel<C, true> : mean_candidates_kernel<C, false>;
+  cudaError_t error = launch_pass<C>(pass, work, heads, stream, kCandidateBytes<C>);
   if (error != cudaSuccess) return error;
   const int bytes = rank_bytes(work.args.scores.num_words);
-  auto* kernel = rank_kernel<typename C::Element>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  error = cudaFuncSetAttribute(rank_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, heads * work.args.scores.num_rows, kSelectThreads, bytes, stream, false, work);
+  return launch(rank_kernel, heads * work.args.scores.num_rows, kSelectThreads, bytes, stream, false, work);
 }
 
 // Some heads at a time, as many as the workspace holds: their probabilities, and the best of them.
@@ -105,32 +115,32 @@ cudaError_t launch_ranked(MeanWork work, int heads, int num_sms, cudaStream_t st
   const MeanMaskArgs& args = work.args;
   const ScoreArgs& s = args.scores;
   int32_t* probabilities = work.probabilities();
-  int32_t* floors = probabilities + int64_t{args.workspace_heads} * s.num_rows * s.num_words * 16;
+  int32_t* floors = probabilities + int64_t{args.workspace_heads} * s.num_rows * s.num_words * 32;
   SelectArgs selection{};
   selection.scores = probabilities;
   selection.stride = 32 * static_cast<int64_t>(s.num_words);
   selection.rule = args.rule;
   selection.num_keys = s.num_keys, selection.num_words = s.num_words, selection.num_rows = s.num_rows;
-  const bool by_codes = ranks_by_codes(work);
-  if (by_codes) {
+  const bool by_candidates = ranks_candidates(work);
+  if (by_candidates) {
     constexpr int kRowsOfBlock = kBandThreads / kWarp;
     const int blocks = (heads * s.num_rows + kRowsOfBlock - 1) / kRowsOfBlock;
-    const cudaError_t error = launch(bands_kernel, blocks, kBandThreads, 0, stream, false, work);
+    const cudaError_t error = launch(bands_kernel, blocks, kBandThreads, kBandBytes, stream, false, work);
     if (error != cudaSuccess) return error;
   }
-  work.only_flagged = by_codes;
+  work.only_flagged = by_candidates;
   for (int first = 0; first < heads; first += args.workspace_heads) {
     const int some = std::min(args.workspace_heads, heads - first);
     const int64_t row = int64_t{first} * s.num_rows;
     work.first_head = first;
-    cudaError_t error = by_codes ? launch_codes<C>(work, some, num_sms, stream) : cudaSuccess;
+    cudaError_t error = by_candidates ? launch_candidates<C>(work, some, num_sms, stream) : cudaSuccess;
     if (error != cudaSuccess) return error;
     take_keys_in_parts<C>(work, some, 1 << 20, num_sms);
     error = launch_pass<C>(mean_probabilities_kernel<C>, work, some, stream);
     if (error != cudaSuccess) return error;
     selection.counts = args.counts + row;
     selection.bits = args.bits + row * s.num_words;
-    selection.flags = by_codes ? work.flag(row) : nullptr;
+    selection.flags = by_candidates ? work.flag(row) : nullptr;
     // More keys, and more of them between the bounds of a guess.
     const bool is_long = s.num_keys > 40000;
     error = is_long ? select_rows<HalfScores<8192>>(selection, some, s, floors, stream)
@@ -154,7 +164,7 @@ cudaError_t launch_mean(const MeanMaskArgs& args, int num_sms, cudaStream_t stre
   if (error != cudaSuccess) return error;
   take_keys_in_parts<C>(work, heads, kMostKeyParts, num_sms);
   work.summed_parts = work.parts;
-  auto* sums = ranks_by_codes(work) ? mean_sums_kernel<C, true> : mean_sums_kernel<C, false>;
+  auto* sums = ranks_candidates(work) ? mean_sums_kernel<C, true> : mean_sums_kernel<C, false>;
   error = launch_pass<C>(sums, work, heads, stream);
   if (error != cudaSuccess) return error;
   work.last_first = true;
