@@ -101,7 +101,9 @@ def compare(scored: Scored, found: dict[str, Any]) -> None:
     for name, ((bits, counts), scores, count) in found.items():
         kept = unpack(np.asarray(bits), scored.key.shape[1])
         least, most = np.where(kept, scores, np.inf).min(-1), np.where(kept, -np.inf, scores).max(-1)
-        wanted = np.maximum((scores > 2.0 / KEYS).sum(-1), 1) if count is None else np.minimum(count, scored.key.shape[1])
+        wanted = (
+            np.maximum((scores > 2.0 / KEYS).sum(-1), 1) if count is None else np.minimum(count, scored.key.shape[1])
+        )
         off = int(np.abs(kept.sum(-1) - wanted).max())
         print(f"{name}, {scored.query.dtype}, {scored.query.shape}: counts off by {off}", flush=True)
         if (np.asarray(counts) != kept.sum(-1)).any() or off > 2 or (least < most * 0.99).any():
