@@ -45,7 +45,11 @@ def test_readme_blocks_run_in_order(empty_folder, capsys):
     assert 0.0 < float(abs(names["sparse"] - names["dense"]).max()) < 0.2
 
 
-OTHERS = [document for document in DOCUMENTS if document.name != "README.md" and blocks(document)]
+OTHERS = [
+    pytest.param(document, marks=pytest.mark.slow if document.name == "video_models.md" else ())
+    for document in DOCUMENTS
+    if document.name != "README.md" and blocks(document)
+]
 
 
 @pytest.mark.parametrize("document", OTHERS, ids=lambda d: str(d.relative_to(ROOT)))

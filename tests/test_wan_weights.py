@@ -200,6 +200,7 @@ def test_random_weights_depend_on_the_seed_and_differ_from_layer_to_layer():
             assert not name.startswith("blocks") or jnp.abs(leaf[0] - leaf[1]).max() > 0.01, name
 
 
+@pytest.mark.slow
 def test_random_activations_keep_unit_scale_over_many_layers():
     config = wan.WanConfig(num_layers=40, num_heads=2, head_dim=32, hidden_dim=128, text_dim=16)
     latents = jax.random.normal(jax.random.key(0), (1, 16, 2, 4, 4))
