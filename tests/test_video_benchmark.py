@@ -57,6 +57,11 @@ def test_rows_name_what_was_not_measured(tmp_path, capsys):
     assert kept["cached"]["command"].startswith("python -m benchmarks.video --shapes hunyuan-tiny")
 
 
+def test_a_run_says_that_it_keeps_no_rows(capsys):
+    assert main(["--shapes", "wan-tiny", "--budget-s", "-1"]) == 1
+    assert "--results benchmarks/results/video.json adds them there" in capsys.readouterr().err
+
+
 def test_the_readme_of_the_benchmarks_shows_the_rows(capsys):
     root = Path(__file__).resolve().parents[1]
     shown = summary(tables.read_rows(root / ROWS))

@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(summary(rows), flush=True)
         if args.results:
             tables.write_rows(args.results, [*_others(args.results, rows), *rows])
+    if not args.results:
+        print(f"no rows were written; --results {ROWS} adds them there", file=sys.stderr)
     for line in failed:
         print(f"not measured: {line}", file=sys.stderr)
     return 1 if failed else 0
@@ -218,7 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--on-host", action="store_true", help="keep masks in host memory")
     parser.add_argument("--budget-s", type=float, default=1e9, metavar="S", help="start nothing after so many seconds")
     parser.add_argument("--timeout-s", type=float, default=600, metavar="S", help="per process (default: 600)")
-    parser.add_argument("--results", type=Path, metavar="FILE", help=f"JSON rows, such as {ROWS}")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help=f"write rows there, such as {ROWS} (default: nowhere)"
+    )
     parser.add_argument("--summary", action="store_true", help=f"print the table of --results ({ROWS}), and stop")
     parser.add_argument("--commit", metavar="ID", help="of the sources; asked of git by default")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
