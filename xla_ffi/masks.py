@@ -177,9 +177,9 @@ def mean_mask(
     means of its softmax probability over all keys, in float32. With a threshold no score reaches global memory. A
     `SelectRule` ranks probabilities of 16 bits, of some heads at a time: rounded down to 10 bits of mantissa, those
     below 2^-62 all equal, so that `top_p` holds at least its share and keys closer than 0.1 % may change places.
-    `top_k` and `top_p` with one mean per row, 4096 keys or more and no `head_floor` do so for rows only whose sample
-    misleads. For others, only keys near the last one kept are rounded, to 1/65534 of the range of scores around it
-    that the sample leaves open, of some powers of two. NaN is kept.
+    With one mean per row, 4096 keys or more and no `head_floor`, `top_k` and `top_p` do so only for rows whose sample
+    misleads. In the others float32 scores decide, and only keys near the last one kept are rounded: to 1/65534 of the
+    range of scores, some powers of two, that the sample leaves open. NaN is kept.
 
     Args:
         query: bfloat16 or float16; `H` 64 or 128.
@@ -190,8 +190,9 @@ def mean_mask(
         query_block: Queries per slice (`M`): 64 or 128.
         num_means: Parts of a row with a mean each: 1, 2, 4 or 8. Parts without a query count as nothing.
         keep_best: With a threshold: a row that keeps nothing keeps its best key, the lowest one among equals.
-        workspace_bytes: With a `SelectRule`: room for probabilities, of one head at least. Heads are done in as few
-            turns as this allows, in turns of equal size. Samples take 4 KiB a row of all heads besides.
+        workspace_bytes: With a `SelectRule`: room for what is ranked, 4 bytes a key and row, of one head at least.
+            Heads are done in as few turns as this allows, in turns of equal size. Samples take 4 KiB a row of all
+            heads besides.
 
     Returns:
         Bits and kept keys of every row, as `exact_mask`.

@@ -46,7 +46,7 @@ class MeanQueryPredictor(AbstractPredictor):
         Cost: `num_means / M` of one `Q K^T` product, twice that with a per-head floor. Means are summed in float32 and
         rounded to the dtype of the queries, as frameworks take them. On Hopper GPUs a kernel makes the mask; keys that
         it ranks (all budgets but a plain threshold) have probabilities of 16 bits: closer than 0.1 % they may change
-        places. With `top_k` and one mean per row nearly all rows are ranked by scores of float32.
+        places. With one mean per row nearly all rows of `top_k` and `top_p` are ranked more finely (docs/numerics.md).
         Not differentiable (bits). Proxy scores are over-confident: with `top_p`, give `min_keys` or `head_floor`.
         Probabilities of the parts are averaged because that kept more of the exact mass at equal density than the
         log-sum-exp of their logits in nearly every setting of a trial on synthetic smooth fields with three-axis
